@@ -1,0 +1,76 @@
+"""The reference profile: which numbers are watched for each source, and what they were in training.
+
+A *signal* is one number a record: the confidence of its prediction, one if it was given a class and
+zero if not, a predicted value, an important feature. A bundle carries the mean and spread of each
+over held-out training windows, and `worker.drift` watches them in those units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+class Signal(msgspec.Struct, frozen=True):
+    """A watched number with its mean and spread (standard deviation, positive) over the training data.
+
+    ``name`` is one of ``confidence``, ``share.<class>``, ``value``, ``spread``, ``feature.<name>``.
+    """
+
+    name: str
+    mean: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.mean) and np.isfinite(self.spread) and self.spread > 0):
+            raise ValueError(
+                f"signal {self.name!r}: mean {self.mean} and spread {self.spread} must be finite, spread > 0"
+            )
+
+
+class ReferenceProfile(msgspec.Struct, frozen=True):
+    """What normal looked like: every watched signal over the held-out training windows."""
+
+    signals: tuple[Signal, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the signals, in the order of every vector."""
+        return tuple(signal.name for signal in self.signals)
+
+    def standardise(self, raw: Vector) -> Vector:
+        """Return raw signals, shape (n, signals), in training standard deviations from the training mean."""
+        mean = np.array([signal.mean for signal in self.signals])
+        spread = np.array([signal.spread for signal in self.signals])
+        standardised: Vector = (raw - mean) / spread
+        return standardised
+
+
+def signal_names(outputs: Sequence[str], features: Sequence[str], *, classifier: bool) -> tuple[str, ...]:
+    """Return the names of all signals of a model with these outputs (classes) and watched features."""
+    predicted = ("confidence", *(f"share.{label}" for label in outputs)) if classifier else ("value", "spread")
+    return (*predicted, *(f"feature.{name}" for name in features))
+
+
+def raw_signals(scores: Vector, features: NDArray[np.float32], watched: Sequence[int], *, classifier: bool) -> Vector:
+    """Return the signals of a batch of records, in their own units.
+
+    Args:
+        scores: for a classifier the probabilities, shape (n, classes); for a regressor the value
+            and the spread over the trees, shape (n, 2).
+        features: the feature matrix, shape (n, features).
+        watched: columns of ``features`` to watch.
+        classifier: which of the two kinds of scores these are.
+
+    Returns:
+        Shape (n, signals), in the order of `signal_names`.
+    """
+    if classifier:
+        predicted = np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
+        scores = np.column_stack([scores.max(axis=1, initial=0.0), predicted])
+    return np.column_stack([scores, features[:, list(watched)]]).astype(np.float64, copy=False)
