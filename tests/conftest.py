@@ -1,16 +1,22 @@
-"""What every test may ask for: the real recordings that the repository does not ship."""
+"""What every test may ask for: the real recordings that the repository does not ship, and a real Kafka."""
 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from tests import apache_kafka
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LOCAL_KAFKA = ("localhost", 19092)  # where `docker compose up` publishes its broker
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip the test for want of ``what``; under CI nothing is skipped, so fail instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI=true and {what}")
@@ -34,3 +40,26 @@ def esc10() -> Path:
 def notes() -> Path:
     """Single notes of six instruments, with ``midi_pitch`` as a regression target (``meta.csv``, ``audio/``)."""
     return _recordings("notes")
+
+
+@pytest.fixture(scope="session")
+def kafka_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The ``host:port`` of a real broker: EARSHOT_TEST_KAFKA, one that runs here, or Apache Kafka started for this."""
+    address = os.environ.get("EARSHOT_TEST_KAFKA") or _listening(*LOCAL_KAFKA)
+    if address:
+        yield address
+        return
+    try:
+        jars = apache_kafka.fetch()
+    except apache_kafka.Unavailable as why:
+        missing(str(why))
+    with apache_kafka.ApacheKafka(jars, tmp_path_factory.mktemp("kafka")) as kafka:
+        yield kafka.address
+
+
+def _listening(host: str, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return None
+    return f"{host}:{port}"
