@@ -51,10 +51,10 @@ class ReferenceProfile(msgspec.Struct, frozen=True):
         return standardised
 
 
-def signal_names(outputs: Sequence[str], features: Sequence[str], *, classifier: bool) -> tuple[str, ...]:
-    """Return the names of all signals of a model with these outputs (classes) and watched features."""
-    predicted = ("confidence", *(f"share.{label}" for label in outputs)) if classifier else ("value", "spread")
-    return (*predicted, *(f"feature.{name}" for name in features))
+def signal_names(classes: Sequence[str], watched: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of all signals of a model with these classes (none: a regressor) and watched features."""
+    scores = ("confidence", *(f"share.{label}" for label in classes)) if classes else ("value", "spread")
+    return (*scores, *(f"feature.{name}" for name in watched))
 
 
 def raw_signals(scores: Vector, features: NDArray[np.float32], watched: Sequence[int], *, classifier: bool) -> Vector:
@@ -64,13 +64,13 @@ def raw_signals(scores: Vector, features: NDArray[np.float32], watched: Sequence
         scores: for a classifier the probabilities, shape (n, classes); for a regressor the value
             and the spread over the trees, shape (n, 2).
         features: the feature matrix, shape (n, features).
-        watched: columns of ``features`` to watch.
+        watched: the columns of ``features`` to watch.
         classifier: which of the two kinds of scores these are.
 
     Returns:
         Shape (n, signals), in the order of `signal_names`.
     """
     if classifier:
-        predicted = np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
-        scores = np.column_stack([scores.max(axis=1, initial=0.0), predicted])
+        chosen = np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
+        scores = np.column_stack([scores.max(axis=1), chosen])
     return np.column_stack([scores, features[:, list(watched)]]).astype(np.float64, copy=False)

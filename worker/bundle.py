@@ -1,0 +1,305 @@
+"""The model bundle on disk: a folder that is verified before anything in it is believed.
+
+    manifest.json       what this is: names, versions, settings, metrics, and the hash of each file
+    featurizer.joblib   the one featurizer
+    forest.joblib       the fitted scikit-learn forest
+    profile.json        what normal looked like (`worker.profile`)
+    golden.npz          clips, and the features and scores that the trainer got from them
+
+Loading goes in steps, each of which may refuse: the manifest reads, every file has its hash (only
+now is anything unpickled: a hash shows damage, not a forger, who could write a manifest as well),
+the versions fit, the parts fit each other, and the golden clips give what they gave the trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import joblib
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from worker import audio
+from worker.errors import BadModel, BadRecord, Fatal
+from worker.features import FeatureSpec, Featurizer
+from worker.forest import Forest
+from worker.messages import ModelId
+from worker.profile import ReferenceProfile, Vector, signal_names
+
+FORMAT: Final = 1
+MANIFEST: Final = "manifest.json"
+FEATURIZER: Final = "featurizer.joblib"
+FOREST: Final = "forest.joblib"
+PROFILE: Final = "profile.json"
+GOLDEN: Final = "golden.npz"
+FILES: Final = (FEATURIZER, FOREST, PROFILE, GOLDEN)
+
+VERSIONED: Final = ("earshot", "scikit-learn", "numpy", "scipy", "librosa", "joblib")
+
+FEATURE_TOLERANCE: Final = 1e-3
+"""How far a golden feature may be off, relative to its size or one: the last bits of an FFT or a
+BLAS product differ between processors; a wrong rate, scale or filter shows in the first digits."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle says about itself.
+
+    ``label`` is the trained column, ``classes`` the classes in the order of the scores (none for
+    a regressor), ``watched`` the features among the signals of the profile, ``metrics`` what was
+    measured on clips that the forest had not seen.
+    """
+
+    format: int
+    name: str
+    created: datetime
+    task: Literal["classification", "regression"]
+    label: str
+    classes: tuple[str, ...]
+    spec: FeatureSpec
+    watched: tuple[str, ...]
+    metrics: dict[str, float]
+    seed: int
+    trees: int
+    clips: int
+    windows: int
+    data_hash: str
+    versions: dict[str, str]
+    files: dict[str, str]
+
+
+class Golden(NamedTuple):
+    """A clip, as the bytes of a WAV file, and what the trainer made of its windows."""
+
+    wav: bytes
+    features: NDArray[np.float32]
+    scores: Vector
+
+
+class Bundle:
+    """A verified model: the featurizer, the forest and the profile that belong together."""
+
+    def __init__(
+        self, manifest: Manifest, id: ModelId, featurizer: Featurizer, forest: Forest, profile: ReferenceProfile
+    ) -> None:
+        self.manifest = manifest
+        self.id = id
+        self.featurizer = featurizer
+        self.profile = profile
+        self.watched = [featurizer.feature_names.index(name) for name in manifest.watched]
+        self._forest = forest
+
+    def scores(self, features: NDArray[np.float32]) -> Vector:
+        """Return what the forest says of each row of ``features``, shape (n, features).
+
+        Returns:
+            The probability of each class, shape (n, classes); for a regressor the value and the
+            standard deviation over the trees, shape (n, 2).
+        """
+        return scores(self._forest, features)
+
+
+def scores(forest: Forest, features: NDArray[np.float32]) -> Vector:
+    """Return the scores of `Bundle.scores` for a forest that is in no bundle yet."""
+    if forest.classes is not None:
+        return forest.predict_proba(features)
+    return np.column_stack(forest.predict(features))
+
+
+def golden(featurizer: Featurizer, forest: Forest, wav: bytes) -> Golden:
+    """Run a clip through the whole of serving and keep what came out."""
+    windows = _golden_windows(featurizer, wav)
+    features = featurizer.transform(windows)
+    return Golden(wav, features, scores(forest, features))
+
+
+def write(
+    path: Path,
+    manifest: dict[str, Any],
+    *,
+    featurizer: Featurizer,
+    forest: Any,
+    profile: ReferenceProfile,
+    goldens: Sequence[Golden],
+) -> Manifest:
+    """Write a bundle to ``path``, whole or not at all, in place of a bundle that stands there.
+
+    Args:
+        path: the folder to be.
+        manifest: the fields of `Manifest` apart from format, spec, versions and files.
+        featurizer: what the features came from.
+        forest: the fitted scikit-learn forest.
+        profile: the reference profile.
+        goldens: clips to be replayed whenever the bundle is loaded.
+
+    Raises:
+        Fatal: ``path`` exists and is no bundle.
+    """
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise Fatal(f"{path} exists and is no model bundle: name another folder, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = {
+        FEATURIZER: _dump(featurizer),
+        FOREST: _dump(forest),
+        PROFILE: msgspec.json.format(msgspec.json.encode(profile)),
+        GOLDEN: _pack(goldens),
+    }
+    complete = Manifest(
+        format=FORMAT,
+        spec=featurizer.spec,
+        versions={name: version(name) for name in VERSIONED},
+        files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        **manifest,
+    )
+    contents[MANIFEST] = msgspec.json.format(msgspec.json.encode(complete)) + b"\n"
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return complete
+
+
+def load(path: Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Raises:
+        BadModel: it is incomplete, damaged, made by another scikit-learn, or does not reproduce
+            its golden clips; the text says what differs.
+    """
+    if not (path / MANIFEST).is_file():
+        raise BadModel(f"{path} is no model bundle: it has no {MANIFEST}; `earshot-trainer fit` writes one")
+    raw = (path / MANIFEST).read_bytes()
+    manifest = _manifest(path, raw)
+    contents = _verified(path, manifest)
+    made_by, running = manifest.versions.get("scikit-learn"), version("scikit-learn")
+    if made_by != running:
+        raise BadModel(
+            f"{path} was made by scikit-learn {made_by} and this is {running}: a forest must not be unpickled by"
+            f" another version; train again, or install scikit-learn=={made_by}"
+        )
+    featurizer, forest = _unpickle(path, FEATURIZER, contents), _unpickle(path, FOREST, contents)
+    if not isinstance(featurizer, Featurizer) or featurizer.spec != manifest.spec:
+        raise BadModel(f"{path / FEATURIZER} is not the featurizer that {MANIFEST} describes")
+    try:
+        profile = msgspec.json.decode(contents[PROFILE], type=ReferenceProfile)
+        identity = ModelId(manifest.name, manifest.created.strftime("%Y%m%dT%H%M%SZ"), hashlib.sha256(raw).hexdigest())
+        bundle = Bundle(manifest, identity, featurizer, Forest.from_sklearn(forest), profile)
+        expected = signal_names(manifest.classes, manifest.watched)
+        if profile.names != expected:
+            raise ValueError(f"{PROFILE} has the signals {profile.names}, expected {expected}")
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise BadModel(f"the parts of {path} do not fit each other: {error}") from error
+    _replay(path, bundle, contents[GOLDEN])
+    return bundle
+
+
+def _manifest(path: Path, raw: bytes) -> Manifest:
+    try:
+        stated = msgspec.json.decode(raw).get("format")
+        if stated != FORMAT:
+            raise BadModel(f"{path} has bundle format {stated}; this Earshot reads format {FORMAT}")
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise BadModel(f"{path / MANIFEST} is not readable: {error}") from error
+
+
+def _verified(path: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Return the contents of the files, read once: what was hashed is what is unpickled."""
+    contents = {}
+    for name in FILES:
+        try:
+            contents[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise BadModel(f"{path / name} is not readable: {error.strerror}") from error
+        found, stated = hashlib.sha256(contents[name]).hexdigest(), manifest.files.get(name)
+        if found != stated:
+            raise BadModel(
+                f"{path / name} has SHA-256 {found}, and {MANIFEST} says {stated}: it is damaged or replaced"
+            )
+    return contents
+
+
+def _unpickle(path: Path, name: str, contents: dict[str, bytes]) -> Any:
+    try:
+        return joblib.load(io.BytesIO(contents[name]))
+    except Exception as error:
+        raise BadModel(f"{path / name} cannot be unpickled: {type(error).__name__}: {error}") from error
+
+
+def _replay(path: Path, bundle: Bundle, packed: bytes) -> None:
+    """Hold the golden clips against what the trainer saw."""
+    names = bundle.featurizer.feature_names
+    goldens = _unpack(packed)
+    if not goldens:
+        raise BadModel(f"{path / GOLDEN} holds no clip: nothing shows that this model still does what it did")
+    for number, expected in enumerate(goldens):
+        features = bundle.featurizer.transform(_golden_windows(bundle.featurizer, expected.wav))
+        if features.shape != expected.features.shape:
+            raise BadModel(f"golden clip {number} of {path} gives {features.shape}, expected {expected.features.shape}")
+        off = np.abs(features - expected.features) / np.maximum(np.abs(expected.features), 1.0)
+        window, column = np.unravel_index(int(np.argmax(off)), off.shape)
+        if not off[window, column] <= FEATURE_TOLERANCE:
+            raise BadModel(
+                f"golden clip {number} of {path} does not give the trainer's features: {names[column]} is"
+                f" {features[window, column]:.6g}, expected {expected.features[window, column]:.6g}"
+            )
+        # From the same features the forest must give the same scores to the last bit: it only compares and adds.
+        got = bundle.scores(expected.features)
+        if not np.array_equal(got, expected.scores):
+            window, column = np.argwhere(got != expected.scores)[0]
+            raise BadModel(
+                f"golden clip {number} of {path} does not give the trainer's scores: output {column} of window"
+                f" {window} is {got[window, column]:.6g}, expected {expected.scores[window, column]:.6g}"
+            )
+
+
+def _golden_windows(featurizer: Featurizer, wav: bytes) -> NDArray[np.float32]:
+    try:
+        sound = audio.waveform(wav, "audio/wav", featurizer.spec.sample_rate, audio.Limits())
+    except BadRecord as error:
+        raise BadModel(f"a golden clip cannot be decoded: {error}") from error
+    return featurizer.windows(sound.samples)
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    joblib.dump(value, buffer)
+    return buffer.getvalue()
+
+
+def _pack(goldens: Sequence[Golden]) -> bytes:
+    buffer = io.BytesIO()
+    arrays: dict[str, NDArray[Any]] = {}
+    for number, clip in enumerate(goldens):
+        arrays[f"wav-{number}"] = np.frombuffer(clip.wav, np.uint8)
+        arrays[f"features-{number}"] = clip.features
+        arrays[f"scores-{number}"] = clip.scores
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes) -> list[Golden]:
+    try:
+        with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+            count = len(arrays.files) // 3
+            return [
+                Golden(arrays[f"wav-{n}"].tobytes(), arrays[f"features-{n}"], arrays[f"scores-{n}"])
+                for n in range(count)
+            ]
+    except (ValueError, KeyError, OSError) as error:
+        raise BadModel(f"{GOLDEN} is not readable: {error}") from error

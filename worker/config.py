@@ -1,0 +1,87 @@
+"""The settings of the worker's commands: one frozen `Config` from flags, environment and file.
+
+Each setting has one name. ``--poll-seconds 2`` on the command line is ``EARSHOT_POLL_SECONDS=2``
+in the environment and ``poll_seconds = 2`` in a TOML file; the first of these that is given wins.
+"""
+
+from __future__ import annotations
+
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from worker.errors import Fatal
+
+ENVIRONMENT_PREFIX: Final = "EARSHOT_"
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every setting, with its default. Times are in seconds, sizes in bytes."""
+
+    model: str = ""
+    broker: str = "sqlite:///earshot.db"
+    group: str = "earshot"
+    instance: str = msgspec.field(default_factory=socket.gethostname)
+    topic_prefix: str = ""
+    max_batch_records: Count = 256
+    poll_seconds: Positive = 1.0
+    give_up_seconds: Positive = 300.0
+    max_record_bytes: Count = 8 * 1024**2
+    max_record_seconds: Positive = 60.0
+    drift_block_seconds: Positive = 10.0
+    drift_delta: Annotated[float, Meta(gt=0, lt=1)] = 0.002
+    drift_quorum: Count = 3
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    """Merge the layers and check every value.
+
+    Args:
+        flags: what was given on the command line; ``config`` names a TOML file.
+        environment: ``EARSHOT_*`` variables; others are ignored, and so are those of the tests
+            (``EARSHOT_TEST_*``).
+
+    Raises:
+        Fatal: a file that cannot be read, an unknown setting, or a value out of its range; the
+            text names the setting and where it was set.
+    """
+    flags = dict(flags)
+    variables = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(f"{ENVIRONMENT_PREFIX}TEST_")
+    }
+    path = flags.pop("config", None) or variables.pop("config", None)
+    layers: list[tuple[str, Mapping[str, Any]]] = [("the command line", flags), ("the environment", variables)]
+    if path is not None:
+        layers.append((path, _read(Path(path))))
+    merged: dict[str, Any] = {}
+    for origin, layer in reversed(layers):
+        _check(layer, origin)
+        merged.update(layer)
+    return msgspec.convert(merged, Config, strict=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise Fatal(f"settings file {path}: {error}") from error
+
+
+def _check(layer: Mapping[str, Any], origin: str) -> None:
+    try:
+        msgspec.convert(layer, Config, strict=False)
+    except msgspec.ValidationError as error:
+        known = ", ".join(Config.__struct_fields__)
+        raise Fatal(f"a setting from {origin} does not fit: {error}. The settings are: {known}") from error
