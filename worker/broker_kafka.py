@@ -1,0 +1,539 @@
+"""Apache Kafka, and what speaks its protocol, behind `worker.broker`: the only file that imports kafka.
+
+It owns every client, its settings and timeouts, and the wording of Kafka's errors. It knows
+nothing of audio, models or states.
+
+Exactly once is Kafka's transactions with the group's metadata (KIP-447): a session fences the
+producer that its predecessor of the same instance has left behind, and the group's coordinator
+refuses offsets from a member whose generation has passed. The client of a session is trusted no
+further than its first failure: nothing in it is repaired, and the next session starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from kafka import (
+    ConsumerRebalanceListener,
+    KafkaAdminClient,
+    KafkaConsumer,
+    KafkaProducer,
+    OffsetAndMetadata,
+    OffsetSpec,
+    TopicPartition,
+)
+from kafka import errors as kafka_errors
+from kafka.admin import MemberToRemove
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.net.compat import KafkaNetClient
+
+from worker.broker import Polled
+from worker.errors import EarshotError, Fatal, Retryable
+from worker.messages import Message, Record, Topics, TopicSpec
+
+# Seconds. Each bound says which failure it ends.
+CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
+REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
+SESSION_TIMEOUT: Final = 10.0  # a member that died: its partitions go to the others after this
+HEARTBEAT_INTERVAL: Final = 3.0  # at most a third of SESSION_TIMEOUT: one lost heartbeat is no death
+MAX_POLL_INTERVAL: Final = 300.0  # a member that lives and hangs; longer than RESTORE_TIMEOUT and the slowest batch
+INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
+DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
+TRANSACTION_TIMEOUT: Final = 30.0  # a killed session: what it left open hides its partitions' news so long
+RESTORE_TIMEOUT: Final = (
+    60.0  # an open transaction in drift.state: TRANSACTION_TIMEOUT, the broker's next look, and time to read
+)
+SILENCE: Final = 10.0  # an outage, which a poll cannot tell from a quiet topic, so ask after this
+CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
+IDLE: Final = 1.0  # how long `follow` waits before it says that nothing came
+
+# Bytes. Bounds on memory; a single larger record still comes through.
+FETCH_BYTES: Final = 16 << 20  # from all partitions of one broker: about 500 chunks of a second of 16 kHz PCM
+PARTITION_FETCH_BYTES: Final = 4 << 20  # so that one busy partition leaves room for the others
+REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
+BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
+STATE_SEGMENT_BYTES: Final = 16 << 20  # only closed segments are compacted, and all that is left is read by `restore`
+
+LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
+BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
+
+REFUSED: Final = (
+    kafka_errors.AuthorizationError,
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
+UNUSABLE: Final = (
+    kafka_errors.KafkaConfigurationError,
+    kafka_errors.UnsupportedVersionError,
+    kafka_errors.InconsistentGroupProtocolError,
+    kafka_errors.InvalidSessionTimeoutError,
+    kafka_errors.InvalidTopicError,
+    kafka_errors.MessageSizeTooLargeError,
+    kafka_errors.PolicyViolationError,
+    kafka_errors.InvalidReplicationFactorError,
+    kafka_errors.UnsupportedCodecError,
+    kafka_errors.CorruptRecordError,
+)
+REPLACED: Final = (
+    kafka_errors.ProducerFencedError,
+    kafka_errors.InvalidProducerEpochError,
+    kafka_errors.FencedInstanceIdError,
+)
+
+
+class KafkaBroker:
+    """The `worker.broker.Broker` of a Kafka cluster.
+
+    Args:
+        servers: ``host:port`` of one or more brokers to start from.
+        topics: The names of the topics.
+    """
+
+    def __init__(self, servers: Sequence[str], topics: Topics) -> None:
+        self._cluster = _Cluster(servers)
+        self._topics = topics
+        self._publisher: Any = None
+        self._followers: list[Any] = []
+
+    def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
+        """Create the topics that do not exist yet, with the cluster's default replication, and return their names."""
+        existing = self._cluster.partitions([spec.name for spec in specs])
+        for spec in specs:
+            found = existing.get(spec.name, spec.partitions)
+            if found != spec.partitions:
+                raise Fatal(
+                    f"topic {spec.name!r} has {found} partitions, expected {spec.partitions}: "
+                    f"ask for {found}, or delete the topic"
+                )
+        compacted = {"cleanup.policy": "compact", "segment.bytes": str(STATE_SEGMENT_BYTES)}
+        new = {
+            spec.name: {"num_partitions": spec.partitions, "configs": compacted if spec.compacted else {}}
+            for spec in specs
+            if spec.name not in existing
+        }
+        if new:
+            with self._cluster.errors("create topics"), self._cluster.admin() as admin:
+                admin.create_topics(new, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
+        return list(new)
+
+    def join(self, group: str, instance: str) -> KafkaSession:
+        """Fence what an earlier session of ``instance`` left open, and become a member of ``group`` at the first poll.
+
+        Raises:
+            Fatal: a topic is missing or has the wrong number of partitions, or access is refused.
+            Retryable: the broker cannot be reached.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", instance):
+            raise Fatal(f"--instance is {instance!r}; Kafka wants up to 200 letters, digits, dots, dashes, underscores")
+        self._cluster.require(self._topics)
+        return KafkaSession(self._cluster, self._topics, group, instance)
+
+    def publish(self, messages: Iterable[Message]) -> None:
+        """Write messages outside any transaction, durably when this returns.
+
+        Raises:
+            Retryable: some of the messages may not have been written.
+            Fatal: access is refused, or a message is too large.
+        """
+        with self._cluster.errors("publish"):
+            if self._publisher is None:
+                self._publisher = self._cluster.producer()
+            try:
+                _delivered(self._publisher, [_send(self._publisher, message) for message in messages])
+            except kafka_errors.KafkaError:
+                self._close_publisher()
+                raise
+
+    def follow(self, topics: Sequence[str], *, from_beginning: bool) -> Iterator[list[Record]]:
+        """Yield the committed records of ``topics`` for ever, from the beginning or from the moment of this call."""
+        found = self._cluster.partitions(topics)
+        _require_all(found, topics)
+        consumer = self._cluster.consumer()
+        self._followers.append(consumer)
+        with self._cluster.errors("follow"):
+            partitions = [TopicPartition(topic, partition) for topic in topics for partition in range(found[topic])]
+            consumer.assign(partitions)
+            seek = consumer.seek_to_beginning if from_beginning else consumer.seek_to_end
+            seek(*partitions)
+            for partition in partitions:
+                if consumer.position(partition, timeout_ms=_ms(REQUEST_TIMEOUT)) is None:
+                    raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
+        return self._follow(consumer)
+
+    def close(self) -> None:
+        """Free the connections; sessions are closed on their own."""
+        self._close_publisher()
+        while self._followers:
+            _close_consumer(self._followers.pop())
+
+    def _follow(self, consumer: Any) -> Iterator[list[Record]]:
+        try:
+            while True:
+                with self._cluster.errors("follow"):
+                    polled = consumer.poll(timeout_ms=_ms(IDLE))
+                yield _records(polled)
+        finally:
+            _close_consumer(consumer)
+
+    def _close_publisher(self) -> None:
+        producer, self._publisher = self._publisher, None
+        if producer is not None:
+            _close_producer(producer)
+
+
+class KafkaSession:
+    """One membership of a group: a consumer, and the producer whose transactions commit its offsets."""
+
+    def __init__(self, cluster: _Cluster, topics: Topics, group: str, instance: str) -> None:
+        self._cluster = cluster
+        self._topics = topics
+        self._group = group
+        self._instance = instance
+        self._changes = _Changes()
+        self._heard = time.monotonic()
+        self._closed = False
+        with cluster.errors("join"):
+            self._producer = cluster.producer(
+                transactional_id=f"earshot-{group}-{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
+            )
+            try:
+                # Before any offset is read: this aborts or completes what the last session left open.
+                self._producer.init_transactions()
+                self._consumer = cluster.consumer(
+                    group_id=group,
+                    # A restarted worker takes its partitions over at once, and an older self is fenced.
+                    group_instance_id=instance,
+                    session_timeout_ms=_ms(SESSION_TIMEOUT),
+                    heartbeat_interval_ms=_ms(HEARTBEAT_INTERVAL),
+                    max_poll_interval_ms=_ms(MAX_POLL_INTERVAL),
+                    partition_assignment_strategy=[CooperativeStickyAssignor],
+                )
+            except BaseException:
+                _close_producer(self._producer)
+                raise
+            self._consumer.subscribe([topics.audio_in], listener=self._changes)
+
+    def poll(self, timeout: float, max_records: int) -> Polled:
+        """Return records of ``audio.in`` and what has changed in the assignment."""
+        with self._cluster.errors("poll"):
+            records = _records(self._consumer.poll(timeout_ms=_ms(timeout), max_records=max_records))
+        if records:
+            self._heard = time.monotonic()
+        elif time.monotonic() - self._heard > SILENCE:
+            self._cluster.require(self._topics)
+            self._heard = time.monotonic()
+        return Polled(records, *self._changes.take())
+
+    def restore(self, partitions: Iterable[int]) -> Iterator[Record]:
+        """Yield the latest record of each key in these partitions of ``drift.state``.
+
+        The marker that ends a transaction reaches each partition on its own, and so the offsets of
+        a former owner may be committed a moment before its states can be read. Its states were in
+        the log before its offsets, though: everything up to the end of the log, committed or not,
+        has to be decided and read.
+
+        Raises:
+            Retryable: that takes longer than `RESTORE_TIMEOUT`.
+        """
+        wanted = [TopicPartition(self._topics.drift_state, partition) for partition in partitions]
+        if not wanted:
+            return iter(())
+        deadline = time.monotonic() + RESTORE_TIMEOUT
+        latest: dict[tuple[int, bytes | None], Record] = {}
+        with self._cluster.errors("restore"), contextlib.ExitStack() as stack:
+            with self._cluster.admin() as admin:
+                ends = admin.list_partition_offsets(dict.fromkeys(wanted, OffsetSpec.LATEST))
+            consumer = self._cluster.consumer()
+            stack.callback(_close_consumer, consumer)
+            consumer.assign(wanted)
+            consumer.seek_to_beginning(*wanted)
+            behind = {partition for partition in wanted if ends[partition].offset > 0}
+            while behind:
+                if time.monotonic() > deadline:
+                    raise Retryable(
+                        f"drift.state cannot be restored within {RESTORE_TIMEOUT:.0f} s from {self._cluster}: "
+                        f"a transaction is still open in {sorted(partition.partition for partition in behind)}"
+                    )
+                for record in _records(consumer.poll(timeout_ms=_ms(IDLE))):
+                    latest[record.partition, record.key] = record
+                behind = {p for p in behind if (consumer.position(p, _ms(IDLE)) or 0) < ends[p].offset}
+        return (record for record in latest.values() if record.value is not None)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[KafkaTransaction]:
+        """Open a transaction that commits when its block ends, in six steps, and aborts when it raises.
+
+        1. Begin. No poll may come between here and the end, for a poll may end our generation.
+        2. Send the messages of the block, and note its offsets.
+        3. Flush, then take the result of every message: a message that timed out leaves the
+           transaction intact, and the commit would go through without it.
+        4. Take the group's metadata, and refuse to go on without a generation: without one the
+           coordinator does not fence.
+        5. Send the offsets, after all messages: whoever is assigned our partitions next knows that
+           the states stand in the log if the offsets do.
+        6. Commit.
+
+        A block that raises `Retryable` is not aborted here, since that may wait for the broker that
+        has just failed: the session is finished, and the next one of this instance aborts it.
+        """
+        with self._cluster.errors("begin a transaction"):
+            self._producer.begin_transaction()  # 1
+        transaction = KafkaTransaction(self._cluster, self._topics, self._producer)
+        try:
+            yield transaction  # 2
+        except Retryable:
+            raise
+        except BaseException:
+            # An abort that fails leaves a producer that begins no other transaction.
+            with contextlib.suppress(kafka_errors.KafkaError):
+                self._producer.abort_transaction()
+            raise
+        with self._cluster.errors("commit"):
+            self._commit(transaction)
+
+    def close(self) -> None:
+        """Leave the group and free the connections."""
+        if self._closed:
+            return
+        self._closed = True
+        _close_producer(self._producer)
+        member = self._consumer.group_metadata().member_id
+        _close_consumer(self._consumer)
+        # A named member does not leave by itself, so that it may come back; we do not mean to.
+        # With the member's id it cannot be a later session of this instance that is shown out.
+        if member:
+            leaver = MemberToRemove(member_id=member, group_instance_id=self._instance, reason="closed")
+            with contextlib.suppress(kafka_errors.KafkaError), self._cluster.admin(CLOSE_TIMEOUT) as admin:
+                admin.remove_group_members(self._group, [leaver])
+
+    def _commit(self, transaction: KafkaTransaction) -> None:
+        """Take steps 3 to 6. The client waits without a limit in 5 and 6, and nowhere else."""
+        _delivered(self._producer, transaction.results)  # 3
+        if transaction.offsets:
+            member = self._consumer.group_metadata()  # 4
+            if member.generation_id <= 0:
+                raise kafka_errors.CommitFailedError("the group has a newer generation, without this member")
+            self._producer.send_offsets_to_transaction(transaction.offsets, member)  # 5
+        self._producer.commit_transaction()  # 6
+
+
+class KafkaTransaction:
+    """What one transaction will commit: messages under way, and offsets noted."""
+
+    def __init__(self, cluster: _Cluster, topics: Topics, producer: Any) -> None:
+        self._cluster = cluster
+        self._topics = topics
+        self._producer = producer
+        self.results: list[Any] = []
+        self.offsets: dict[Any, Any] = {}
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Hand messages to the producer, which sends them in the background."""
+        with self._cluster.errors("send"):
+            self.results.extend(_send(self._producer, message) for message in messages)
+
+    def commit_offsets(self, offsets: Mapping[int, int]) -> None:
+        """Note the next offset to read of each partition of ``audio.in``; they are sent after all messages."""
+        for partition, offset in offsets.items():
+            self.offsets[TopicPartition(self._topics.audio_in, partition)] = OffsetAndMetadata(offset, "", -1)
+
+
+class _Changes(ConsumerRebalanceListener):  # type: ignore[misc]  # the client ships no types
+    """Notes what the group has given and taken; the client calls it on its I/O thread, which must not wait."""
+
+    def __init__(self) -> None:
+        self._assigned: set[int] = set()
+        self._revoked: set[int] = set()
+
+    def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
+        self._assigned |= {each.partition for each in assigned}
+
+    def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
+        """Also called for partitions that were lost: either way their states are no longer ours."""
+        partitions = {each.partition for each in revoked}
+        self._revoked |= partitions
+        self._assigned -= partitions
+
+    def take(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Return (assigned, revoked) since the last call."""
+        changes = frozenset(self._assigned), frozenset(self._revoked)
+        self._assigned, self._revoked = set(), set()
+        return changes
+
+
+class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no types
+    """A producer that can be closed: the client's own flush raises at its timeout, and close then leaves its thread."""
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait at most ``timeout`` seconds for each batch; what was not delivered says so in its result."""
+        with contextlib.suppress(kafka_errors.KafkaTimeoutError):
+            super().flush(timeout)
+
+
+class _Cluster:
+    """How one cluster is reached: makes its clients, looks at its topics, and words its errors."""
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        self._servers = ", ".join(servers)
+        self._settings: dict[str, Any] = {
+            "bootstrap_servers": list(servers),
+            "bootstrap_timeout_ms": _ms(CONNECT_TIMEOUT),
+            "request_timeout_ms": _ms(REQUEST_TIMEOUT),
+        }
+
+    def __str__(self) -> str:
+        return self._servers
+
+    def admin(self, timeout: float = CONNECT_TIMEOUT) -> Any:
+        return self._open(KafkaAdminClient, bootstrap_timeout_ms=_ms(timeout), request_timeout_ms=_ms(timeout))
+
+    def consumer(self, **settings: Any) -> Any:
+        """Make a consumer of committed records; also for plain topics: only so does it wait for pending offsets."""
+        return self._open(
+            KafkaConsumer,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            allow_auto_create_topics=False,
+            fetch_max_bytes=FETCH_BYTES,
+            max_partition_fetch_bytes=PARTITION_FETCH_BYTES,
+            metrics_enabled=False,
+            **settings,
+        )
+
+    def producer(self, **settings: Any) -> Any:
+        return self._open(
+            _Producer,
+            compression_type="lz4",
+            linger_ms=_ms(LINGER),
+            batch_size=BATCH_BYTES,
+            max_request_size=REQUEST_BYTES,
+            max_block_ms=_ms(INIT_TIMEOUT),
+            delivery_timeout_ms=_ms(DELIVERY_TIMEOUT),
+            retry_backoff_ms=_ms(BACKOFF),
+            allow_auto_create_topics=False,
+            metrics_enabled=False,
+            **settings,
+        )
+
+    def partitions(self, topics: Sequence[str]) -> dict[str, int]:
+        """Return the number of partitions of those of ``topics`` that exist."""
+        with self.errors("look at the topics"), self.admin() as admin:
+            found = {}
+            for topic in admin.describe_topics(list(topics)):
+                error = kafka_errors.for_code(topic["error_code"])
+                if error is kafka_errors.UnknownTopicOrPartitionError:
+                    continue
+                if error is not kafka_errors.NoError:
+                    raise error(topic["name"])
+                found[topic["name"]] = len(topic["partitions"])
+            return found
+
+    def require(self, topics: Topics) -> None:
+        """Raise Fatal unless the topics exist and ``drift.state`` has the partitions of ``audio.in``."""
+        names = [spec.name for spec in topics.layout(1)]
+        found = self.partitions(names)
+        _require_all(found, names)
+        audio, state = found[topics.audio_in], found[topics.drift_state]
+        if audio != state:
+            raise Fatal(
+                f"topic {topics.drift_state!r} has {state} partitions and {topics.audio_in!r} has {audio}; "
+                f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
+            )
+
+    @contextlib.contextmanager
+    def errors(self, attempt: str) -> Iterator[None]:
+        """Turn the client's errors into ours."""
+        try:
+            yield
+        except (kafka_errors.KafkaError, UnicodeDecodeError) as error:
+            raise self._reaction(error, attempt) from error
+
+    def _reaction(self, error: Exception, attempt: str) -> EarshotError:
+        # The client wraps some errors in a plain KafkaError.
+        causes = (error, *(each for each in error.args if isinstance(each, kafka_errors.KafkaError)))
+        told = f"cannot {attempt} at {self._servers}: {error}"
+        if any(isinstance(cause, REFUSED) for cause in causes):
+            return Fatal(f"{told}; the cluster refuses access: check the credentials and what they may do")
+        if any(isinstance(cause, REPLACED) for cause in causes):
+            return Retryable(
+                f"{told}; another worker may run under the same --instance, "
+                f"or the transaction took longer than {TRANSACTION_TIMEOUT:.0f} s"
+            )
+        if isinstance(error, UnicodeDecodeError) or any(isinstance(cause, UNUSABLE) for cause in causes):
+            return Fatal(told)
+        return Retryable(told)
+
+    def _open(self, kind: Any, **settings: Any) -> Any:
+        """Make a client; one that cannot connect leaves its thread and sockets behind unless they are closed here."""
+        networks: list[Any] = []
+
+        def network(**configs: Any) -> Any:
+            networks.append(KafkaNetClient(**configs))
+            return networks[-1]
+
+        try:
+            return kind(kafka_client=network, **(self._settings | settings))
+        except BaseException:
+            for each in networks:
+                each.close()
+            raise
+
+
+def _send(producer: Any, message: Message) -> Any:
+    return producer.send(
+        message.topic,
+        value=message.value,
+        key=message.key,
+        headers=list(message.headers),
+        partition=message.partition,
+        timestamp_ms=message.timestamp,
+    )
+
+
+def _delivered(producer: Any, results: Iterable[Any]) -> None:
+    """Wait until every message is written, or raise why one was not."""
+    producer.flush(DELIVERY_TIMEOUT)
+    for result in results:
+        result.get(timeout=0)
+
+
+def _records(polled: Mapping[Any, Sequence[Any]]) -> list[Record]:
+    return [
+        Record(
+            each.topic,
+            each.partition,
+            each.offset,
+            each.timestamp,
+            each.key,
+            each.value,
+            tuple((name, value or b"") for name, value in each.headers),
+        )
+        for records in polled.values()
+        for each in records
+    ]
+
+
+def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:
+    missing = [topic for topic in topics if topic not in found]
+    if missing:
+        raise Fatal(f"there is no topic {', '.join(map(repr, missing))}: create it with `earshot-worker topics`")
+
+
+def _close_producer(producer: Any) -> None:
+    with contextlib.suppress(Exception):
+        producer.close(timeout=CLOSE_TIMEOUT)
+
+
+def _close_consumer(consumer: Any) -> None:
+    with contextlib.suppress(Exception):
+        consumer.close(autocommit=False, timeout_ms=_ms(CLOSE_TIMEOUT))
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
