@@ -100,19 +100,20 @@ def decode(data: bytes, content_type: str | None, limits: Limits) -> Sound:
     if len(data) > limits.max_bytes:
         raise BadRecord("too-large", f"{len(data)} bytes, the limit is {limits.max_bytes}; send shorter chunks")
     media_type, parameters = _parse_media_type(content_type or "")
+    declared = (content_type or "")[:100]  # as much of it as belongs into a detail
     found = _sniff(data)
     if media_type == "audio/l16":
         return _from_pcm(data, _L16, parameters, limits)
     if media_type == "audio/pcm":
         encoding = parameters.get("format", "")
         if encoding not in _PCM_FORMATS:
-            raise BadRecord("unknown-content-type", f"content-type is {content_type!r}; {_HOW_TO_DECLARE}")
+            raise BadRecord("unknown-content-type", f"content-type is {declared!r}; {_HOW_TO_DECLARE}")
         return _from_pcm(data, _PCM_FORMATS[encoding], parameters, limits)
     if media_type in {"", "application/octet-stream"}:
         if found is None:
             raise BadRecord("unknown-content-type", f"undeclared bytes begin with {data[:12]!r}; {_HOW_TO_DECLARE}")
     elif media_type not in _CONTAINERS:
-        raise BadRecord("unknown-content-type", f"content-type is {content_type!r}; {_HOW_TO_DECLARE}")
+        raise BadRecord("unknown-content-type", f"content-type is {declared!r}; {_HOW_TO_DECLARE}")
     elif found != _CONTAINERS[media_type]:
         raise BadRecord("undecodable", f"declared as {media_type}, but the bytes begin with {data[:12]!r}")
     return from_container(data, limits)

@@ -348,6 +348,15 @@ class TestRejections:
 
         assert peak < 4 * 1024**2
 
+    def test_the_detail_is_short(self) -> None:
+        """A long content type is not repeated in full: the rejection has to fit into a record as well."""
+        for content_type in (
+            "audio/" + "x" * 10**6,
+            "audio/pcm;format=" + "x" * 10**6,
+            "audio/l16;rate=" + "9" * 10**6,
+        ):
+            assert len(rejection(self.RAW, content_type)[1]) < 500
+
     def test_the_detail_is_the_same_in_every_run(self) -> None:
         """No address or time is in a detail: a replay must write the same rejection."""
         details = {rejection(b"fLaC" + bytes(100), None) for _ in range(5)}
