@@ -48,8 +48,8 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
 
     Args:
         flags: what was given on the command line; ``config`` names a TOML file.
-        environment: ``EARSHOT_*`` variables; others are ignored, and so are those of the tests
-            (``EARSHOT_TEST_*``).
+        environment: ``EARSHOT_*`` variables, of which ``EARSHOT_CONFIG`` names the file if the
+            flag does not; others are ignored, and so are those of the tests (``EARSHOT_TEST_*``).
 
     Raises:
         Fatal: a file that cannot be read, an unknown setting, or a value out of its range; the
@@ -61,9 +61,10 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         for name, value in environment.items()
         if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(f"{ENVIRONMENT_PREFIX}TEST_")
     }
-    path = flags.pop("config", None) or variables.pop("config", None)
+    fallback = variables.pop("config", None)
+    path = flags.pop("config", None) or fallback
     layers: list[tuple[str, Mapping[str, Any]]] = [("the command line", flags), ("the environment", variables)]
-    if path is not None:
+    if path:
         layers.append((path, _read(Path(path))))
     merged: dict[str, Any] = {}
     for origin, layer in reversed(layers):
