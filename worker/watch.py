@@ -1,0 +1,430 @@
+"""The live view: what comes out of Earshot, as a table that moves, as lines, or as JSON.
+
+Owns how predictions, rejections and drift events are put before a reader. It must not know how a
+broker is made or what the command line said. It only follows: no offset is committed, and any
+number of views may be open.
+
+Sources, labels and details come from the wire, and whoever may write there must not own the
+reader's terminal. So every text is cleaned before it is shown, and none is taken for markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from worker.broker import Broker
+from worker.messages import (
+    DRIFT_TYPE,
+    PREDICTION_TYPE,
+    RETRAIN_TYPE,
+    Classification,
+    DriftDetected,
+    DriftEvent,
+    Position,
+    Prediction,
+    Record,
+    Regression,
+    RetrainRequested,
+    Topics,
+    instant,
+)
+
+TEXT_LIMIT: Final = 200
+"""Characters shown of one text from the wire: a detail fits, a flood does not."""
+
+SIGNALS_SHOWN: Final = 3
+"""Signals named for a drift event, the largest shifts first; the others are counted."""
+
+SHARES_SHOWN: Final = 3
+"""Labels whose share is shown for a source, the most frequent first."""
+
+LINES_PER_CHANGE: Final = 8
+"""One drift event is shown for so many lines of terminal, so that the sources keep most of them."""
+
+FRAME_LINES: Final = 5
+"""Lines around the rows: the summary, a blank, two of heading, and the cursor's own."""
+
+REFRESHES: Final = 4
+"""Pictures a second: drawing a large one takes 50 ms, and the sound is to have the processor."""
+
+COLUMNS: Final = (
+    (120, {"source": 0, "heard": 7, "last": 0, "confidence": 15, "rejected": 8, "UTC": 8, "drift": 5, "so far": 34}),
+    (76, {"source": 0, "heard": 7, "last": 0, "confidence": 10, "rejected": 8, "UTC": 8, "drift": 5}),
+    (56, {"source": 0, "heard": 7, "last": 0, "conf": 4, "rejected": 8, "drift": 5}),
+    (0, {"source": 0, "last": 0, "conf": 4}),
+)
+"""For terminals of at least so many columns: what is shown of a source, and how wide; 0 shares what is left."""
+
+Style = Literal["live", "plain", "json"]
+
+
+class Tally(msgspec.Struct):
+    """How much was shown; a change and the request for retraining that follows are one drift event."""
+
+    predictions: int = 0
+    rejections: int = 0
+    drift_events: int = 0
+    unreadable: int = 0
+
+    @property
+    def heard(self) -> int:
+        """Records of ``audio.in`` whose result was shown."""
+        return self.predictions + self.rejections
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """Why a record was rejected, and where it stood."""
+
+    reason: str
+    detail: str
+    topic: str
+    partition: int
+    offset: int
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """What is wrong with a record that is not Earshot's."""
+
+    detail: str
+
+
+Event = Prediction | DriftEvent | Rejection | Unreadable
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    """A record, what it means, and, clean, whom it is about and when that was (UTC)."""
+
+    record: Record
+    event: Event
+    source: str
+    time: str
+
+
+class _Row(msgspec.Struct):
+    """What is known of one source."""
+
+    labels: Counter[str]
+    time: str = ""
+    last: Prediction | None = None
+    heard: int = 0
+    rejected: int = 0
+    changes: int = 0
+
+
+_Show = Callable[[list[_Seen]], bool]
+"""Shows a batch, which may be empty; False once nobody reads any more."""
+
+_TYPES: Final[dict[type, str]] = {
+    Classification: PREDICTION_TYPE,
+    Regression: PREDICTION_TYPE,
+    DriftDetected: DRIFT_TYPE,
+    RetrainRequested: RETRAIN_TYPE,
+    Rejection: "earshot.rejection",
+    Unreadable: "earshot.unreadable",
+}
+_REQUESTED: Final = "; retraining requested"
+
+
+def watch(
+    broker: Broker,
+    topics: Topics,
+    *,
+    style: Style,
+    from_beginning: bool,
+    count: int | None,
+    console: Console,
+    stop: threading.Event,
+) -> Tally:
+    """Show what the worker publishes, until told to stop.
+
+    Args:
+        broker: where to follow ``predictions.out``, ``audio.dlq`` and ``drift.events``.
+        topics: their names.
+        style: ``live`` draws on a terminal; ``plain`` writes a line for each event; ``json``
+            writes an object a line, in ASCII: ``topic``, ``partition``, ``offset``, ``key``,
+            ``type`` and ``data``.
+        from_beginning: also show what is there already.
+        count: end after so many predictions and rejections; None never does.
+        console: where to draw; lines go to its file, which is flushed after each batch.
+        stop: ends the view within about a second. A reader who closes the pipe ends it too.
+
+    Returns:
+        How much was shown.
+
+    Raises:
+        Retryable: the broker cannot be reached.
+        Fatal: access is refused, or a topic is missing.
+    """
+    tally = Tally()
+    followed = (topics.predictions_out, topics.audio_dlq, topics.drift_events)
+    with _view(style, console, tally) as show:
+        for batch in broker.follow(followed, from_beginning=from_beginning):
+            if stop.is_set():
+                break
+            seen = list(_counted(batch, topics, tally, count))
+            if not show(seen) or tally.heard == count:
+                break
+    return tally
+
+
+def _counted(batch: list[Record], topics: Topics, tally: Tally, count: int | None) -> Iterator[_Seen]:
+    """Read the records of a batch and count them, until ``count`` is reached."""
+    for record in batch:
+        if tally.heard == count:
+            return
+        seen = _read(record, topics)
+        match seen.event:
+            case Classification() | Regression():
+                tally.predictions += 1
+            case Rejection():
+                tally.rejections += 1
+            case DriftDetected():
+                tally.drift_events += 1
+            case Unreadable():
+                tally.unreadable += 1
+        yield seen
+
+
+def _read(record: Record, topics: Topics) -> _Seen:
+    event = _event(record, topics)
+    match event:
+        case (
+            Classification(source=source, record=at)
+            | Regression(source=source, record=at)
+            | DriftDetected(source=source, detected=at)
+            | RetrainRequested(source=source, since=at)
+        ):
+            time = _stamp(at.time)
+        case _:
+            source = _text(record.key or dict(record.headers).get("ce_source"))
+            try:
+                time = _stamp(instant(record.timestamp))
+            except (ValueError, OverflowError, OSError):  # a producer may claim a time for which there is no date
+                time = "?"
+    return _Seen(record, event, _clean(source), time)
+
+
+def _event(record: Record, topics: Topics) -> Event:
+    """Return what a record means; one that somebody else wrote to a topic of ours must not end the view."""
+    try:
+        if record.topic != topics.audio_dlq:
+            kind = Prediction if record.topic == topics.predictions_out else DriftEvent
+            event: Event = msgspec.json.decode(record.value or b"", type=kind)
+            return event
+        why = {name.removeprefix("earshot_"): _text(value) for name, value in record.headers}
+        return Rejection(why["reason"], why["detail"], why["topic"], int(why["partition"]), int(why["offset"]))
+    except KeyError as error:
+        return Unreadable(f"there is no header earshot_{error.args[0]}")
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        return Unreadable(str(error))
+
+
+@contextmanager
+def _view(style: Style, console: Console, tally: Tally) -> Iterator[_Show]:
+    if style == "live":
+        board = _Board(console, tally)
+        with Live(board.picture(), console=console, refresh_per_second=REFRESHES) as live:
+
+            def draw(batch: list[_Seen]) -> bool:
+                for seen in batch:
+                    board.take(seen)
+                live.update(board.picture())
+                return True
+
+            yield draw
+    else:
+        line = _plain_line if style == "plain" else _json_line
+        yield lambda batch: _write(console, "".join(f"{line(seen)}\n" for seen in batch))
+
+
+def _write(console: Console, text: str) -> bool:
+    try:
+        console.file.write(text)
+        console.file.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must go somewhere, or Python complains about it when it exits.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), console.file.fileno())
+        return False
+    return True
+
+
+def _json_line(seen: _Seen) -> str:
+    record = seen.record
+    # The standard library's encoder, for its ASCII: neither a terminal nor a locale can trip over it.
+    return json.dumps(
+        {
+            "topic": record.topic,
+            "partition": record.partition,
+            "offset": record.offset,
+            "key": None if record.key is None else _text(record.key),
+            "type": _TYPES[type(seen.event)],
+            "data": msgspec.to_builtins(seen.event),
+        }
+    )
+
+
+def _plain_line(seen: _Seen) -> str:
+    kind, words = _described(seen.event)
+    return f"{seen.time:19}  {kind:10}  {_place(seen.record):22}  {seen.source or '-':16}  {words}"
+
+
+def _described(event: Event) -> tuple[str, str]:
+    """Return the kind of an event in one word, and the event in words."""
+    match event:
+        case Classification():
+            return "prediction", f"{_clean(event.label):20}  {event.confidence:.2f}"
+        case Regression():
+            return "prediction", f"{_clean(event.target):20}  {_measured(event)}"
+        case Rejection():
+            return "rejection", f"{_clean(event.reason):20}  {_place(event)}: {_clean(event.detail)}"
+        case DriftDetected():
+            return "drift", f"changed {_since(event.since)}: {_shifts(event)} (training standard deviations)"
+        case RetrainRequested():
+            return "retrain", f"retraining requested for the change {_since(event.since)}"
+        case Unreadable():
+            return "unreadable", _clean(event.detail)
+
+
+def _shifts(drift: DriftDetected) -> str:
+    words = [
+        f"{_clean(shift.signal.removeprefix('feature.'))} {shift.before:.1f} -> {shift.after:.1f}"
+        for shift in drift.signals[:SIGNALS_SHOWN]
+    ]
+    if more := len(drift.signals) - len(words):
+        words.append(f"{more} more")
+    return ", ".join(words)
+
+
+def _since(since: Position) -> str:
+    return f"at offset {since.offset} ({_stamp(since.time)})"
+
+
+def _measured(regression: Regression) -> str:
+    return f"{regression.value:.4g} ± {regression.spread:.2g}"
+
+
+def _place(at: Record | Rejection) -> str:
+    return f"{_clean(at.topic)}/{at.partition}/{at.offset}"
+
+
+def _stamp(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S}"
+
+
+def _text(raw: bytes | None) -> str:
+    return (raw or b"").decode(errors="backslashreplace")
+
+
+def _clean(text: str) -> str:
+    """Return a text on one line and not too long, with nothing in it that moves or colours a terminal."""
+    cut = text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}…"
+    line = " ".join(cut.split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
+class _Board:
+    """The picture of the live view: a row for each source, and below them what has changed."""
+
+    def __init__(self, console: Console, tally: Tally) -> None:
+        self._console = console
+        self._tally = tally
+        self._rows: dict[str, _Row] = {}  # the last heard at the end
+        self._changes: dict[tuple[str, Position], str] = {}  # the last change at the end
+        self._troubles: dict[str, str] = {}  # the last rejection, the last unreadable record
+
+    def take(self, seen: _Seen) -> None:
+        """Take in one record."""
+        event, source = seen.event, seen.source
+        _, words = _described(event)
+        if isinstance(event, Unreadable):
+            self._troubles["unreadable"] = f"{_place(seen.record)}: {words}"
+            return
+        row = self._rows.pop(source, None) or _Row(Counter())
+        self._rows[source] = row
+        match event:
+            case Classification() | Regression():
+                row.heard += 1
+                row.last, row.time = event, seen.time
+                if isinstance(event, Classification):
+                    row.labels[_clean(event.label)] += 1
+            case Rejection():
+                row.rejected += 1
+                row.time = seen.time
+                self._troubles["rejected"] = f"{source or '-'}, {' '.join(words.split())}"
+            case DriftDetected():
+                row.changes += 1
+                self._changes[source, event.since] = f"{source} {words}"
+            case RetrainRequested():
+                known = self._changes.get((source, event.since), f"{source} changed {_since(event.since)}")
+                self._changes[source, event.since] = known.removesuffix(_REQUESTED) + _REQUESTED
+
+    def picture(self) -> Group:
+        """Return everything, no higher than the terminal."""
+        console, tally = self._console, self._tally
+        above = _line(
+            f"predictions {tally.predictions:,}, rejections {tally.rejections:,}, drift events {tally.drift_events:,}, "
+            f"sources {len(self._rows):,}",
+            "bold",
+        )
+        self._changes = dict(list(self._changes.items())[-max(1, console.height // LINES_PER_CHANGE) :])
+        changes = Text("\n".join(self._changes.values()) or "nothing so far")
+        below: list[RenderableType] = [Panel(changes, title="drift", title_align="left", border_style="dim")]
+        below += [_line(f"{kind}: {words}", "dim") for kind, words in self._troubles.items()]
+        room = console.height - FRAME_LINES - sum(len(console.render_lines(part)) for part in below)
+        if len(self._rows) > room:
+            room = max(1, room - 1)
+            below.insert(0, _line(f"{len(self._rows) - room:,} more, heard less recently", "dim"))
+        return Group(above, Text(), _table(sorted(list(self._rows.items())[-room:]), console.width), *below)
+
+
+def _table(rows: list[tuple[str, _Row]], terminal: int) -> Table:
+    """Return a line for each source, in columns that stay where they are while numbers grow."""
+    columns = next(columns for least, columns in COLUMNS if terminal >= least)
+    shared = [name for name, width in columns.items() if not width]
+    left = terminal - sum(columns.values()) - 2 * (len(columns) - 1)
+    columns = columns | dict.fromkeys(shared, max(4, left // len(shared)))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for name, width in columns.items():
+        justify: Literal["left", "right"] = "right" if name in {"heard", "rejected"} else "left"
+        table.add_column(name, width=width, no_wrap=True, overflow="ellipsis", justify=justify)
+    for source, row in rows:
+        shares = [f"{label} {count / row.heard:.0%}" for label, count in row.labels.most_common(SHARES_SHOWN)]
+        cells: dict[str, RenderableType] = {
+            "source": Text(source or "-", "bold"),
+            "heard": Text(f"{row.heard:,}"),
+            "rejected": Text(f"{row.rejected:,}" if row.rejected else "-", "red" if row.rejected else "dim"),
+            "UTC": Text(row.time[11:]),
+            "drift": Text(f"▲ {row.changes}" if row.changes else "", "yellow"),
+            "so far": Text(", ".join(shares), "dim"),
+        }
+        match row.last:
+            case Classification(label=label, confidence=confidence):
+                cells["last"] = Text(_clean(label))
+                cells["conf"] = Text(f"{confidence:.2f}")
+                bar = round(min(max(confidence, 0), 1) * (columns.get("confidence", 0) - 5))
+                cells["confidence"] = Text.assemble(f"{confidence:.2f} ", ("━" * bar, "cyan"))
+            case Regression(target=target):
+                cells["last"] = Text(f"{_measured(row.last)} {_clean(target)}")
+        table.add_row(*(cells.get(name, "") for name in columns))
+    return table
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
