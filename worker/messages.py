@@ -12,7 +12,7 @@ of the model, topic, partition and offset, so a consumer can drop what it has se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -209,6 +209,7 @@ class RetrainRequested(msgspec.Struct, frozen=True, gc=False, tag_field="event",
 
 DriftEvent = DriftDetected | RetrainRequested
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _encoder: Final = msgspec.json.Encoder()
 
 
@@ -219,7 +220,7 @@ def position(record: Record, time: int) -> Position:
 
 def instant(time: int) -> datetime:
     """Return milliseconds since the epoch as an aware UTC datetime."""
-    return datetime.fromtimestamp(time / 1000, UTC)
+    return _EPOCH + timedelta(milliseconds=time)
 
 
 def decode(record: Record) -> Chunk:
@@ -383,11 +384,15 @@ def _source(key: bytes | None, headers: Mapping[str, bytes]) -> str:
 def _event_time(headers: Mapping[str, bytes], timestamp: int) -> int:
     text = _header(headers, "ce_time")
     if text is None:
+        try:
+            instant(timestamp)
+        except OverflowError as error:
+            raise BadRecord("bad-header", f"the record's timestamp is {timestamp} ms: {error}") from None
         return timestamp
     try:
         time = datetime.fromisoformat(text)
         if time.tzinfo is None:
             raise ValueError("no offset from UTC")
-        return round(time.timestamp() * 1000)
+        return (time.astimezone(UTC) - _EPOCH) // timedelta(milliseconds=1)
     except (ValueError, OverflowError) as error:
         raise BadRecord("bad-header", f"ce_time is {text[:40]!r}, expected RFC 3339: {error}") from None
