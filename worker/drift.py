@@ -263,7 +263,7 @@ class SourceState:
             if version != STATE_VERSION:
                 raise Fatal(f"drift state of version {version!r}; this Earshot reads version {STATE_VERSION}")
             saved = msgspec.msgpack.decode(value, type=_Saved)
-        except (msgspec.DecodeError, TypeError, LookupError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, LookupError) as error:
             raise Fatal(f"drift state of {len(value)} bytes is not readable: {error}") from error
         state = cls(profile, policy)
         if saved.fingerprint != state._fingerprint:
@@ -274,12 +274,14 @@ class SourceState:
     def _load(self, saved: _Saved) -> None:
         size = len(self._names)
         try:
-            self._sums = np.frombuffer(saved.sums, "<f8", count=size).astype(np.float64)
-            self._counts = np.frombuffer(saved.counts, "<i8", count=size).astype(np.int64)
+            self._sums = np.frombuffer(saved.sums, "<f8").astype(np.float64).reshape(size)
+            self._counts = np.frombuffer(saved.counts, "<i8").astype(np.int64).reshape(size)
             means = np.frombuffer(saved.block_means, "<f4").astype(np.float32).reshape(len(saved.block_times), size)
             first = saved.next_block - len(means)
             entries = zip(saved.block_offsets, saved.block_times, means, strict=True)
             self._blocks = [_Block(first + i, *entry) for i, entry in enumerate(entries)]
+            if len(saved.starts) != size or not saved.suspects.keys() <= set(range(size)):
+                raise ValueError(f"{len(saved.starts)} starts, suspects {sorted(saved.suspects)}")
         except ValueError as error:
             raise Fatal(f"drift state does not hold {size} signals: {error}") from error
         self._seconds, self._offset, self._time = saved.seconds, saved.offset, saved.time
