@@ -65,7 +65,7 @@ def with_flac_frames(data: bytes, frames: int) -> bytes:
 
 def with_riff_sizes(data: bytes, riff: int, chunk: int) -> bytes:
     """Set the two sizes of a plain WAV file: of the file and of its data chunk."""
-    assert data[36:40] == b"data"
+    assert b"data" == data[36:40]
     return data[:4] + riff.to_bytes(4, "little") + data[8:40] + chunk.to_bytes(4, "little") + data[44:]
 
 
@@ -97,7 +97,7 @@ class TestContainers:
 
         sound = audio.decode(data, "audio/ogg; codecs=opus", LIMITS)
 
-        assert sound.sample_rate == 48_000
+        assert 48_000 == sound.sample_rate
         assert wave.size == sound.samples.size
         assert np.corrcoef(wave, sound.samples)[0, 1] > 0.99
 
@@ -125,7 +125,7 @@ class TestContainers:
     )
     def test_aliases(self, content_type: str | None) -> None:
         """WAV goes by many names, in any case, with parameters, or by none."""
-        assert audio.decode(encode(tone()[:100]), content_type, LIMITS).samples.size == 100
+        assert 100 == audio.decode(encode(tone()[:100]), content_type, LIMITS).samples.size
 
     @pytest.mark.parametrize(
         ("content_type", "container", "subtype"),
@@ -135,7 +135,7 @@ class TestContainers:
         """FLAC and OGG have a second name each."""
         data = encode(tone(), container=container, subtype=subtype)
 
-        assert audio.decode(data, content_type, LIMITS).duration == 1.0
+        assert 1.0 == audio.decode(data, content_type, LIMITS).duration
 
     @pytest.mark.parametrize("folder", ["esc10", "notes"])
     def test_real_clips(self, folder: str, request: pytest.FixtureRequest) -> None:
@@ -163,7 +163,7 @@ class TestContainers:
         """A WAV written into a pipe has placeholders for its sizes, and is whole all the same."""
         data = with_riff_sizes(encode(tone()), size, size)
 
-        assert audio.decode(data, "audio/wav", LIMITS).duration == 1.0
+        assert 1.0 == audio.decode(data, "audio/wav", LIMITS).duration
 
     def test_piped_flac(self) -> None:
         """A FLAC written into a pipe does not know its length, and is whole all the same."""
@@ -186,9 +186,9 @@ class TestContainers:
         """`from_container` knows neither limits nor a list of formats."""
         long_aiff = encode(np.zeros(8_000 * 61, np.int16), 8_000, "AIFF")
 
-        assert audio.from_container(long_aiff).duration == 61.0
-        assert rejection(long_aiff, None)[0] == "unknown-content-type"
-        assert rejection(long_aiff, "audio/aiff")[0] == "unknown-content-type"
+        assert 61.0 == audio.from_container(long_aiff).duration
+        assert "unknown-content-type" == rejection(long_aiff, None)[0]
+        assert "unknown-content-type" == rejection(long_aiff, "audio/aiff")[0]
 
     def test_one_way_to_decode(self) -> None:
         """What the trainer reads is bit for bit what the worker reads."""
@@ -211,8 +211,8 @@ class TestRawSamples:
         sound = audio.decode(self.INTEGERS.astype(">i2").tobytes(), content_type, LIMITS)
 
         np.testing.assert_array_equal(self.INTEGERS / np.float32(32_768), sound.samples)
-        assert sound.sample_rate == 16_000
-        assert sound.duration == 8 / 16_000
+        assert 16_000 == sound.sample_rate
+        assert 8 / 16_000 == sound.duration
 
     def test_byte_order_matters(self) -> None:
         """The same bytes are another sound in the other order: the two types must not be confused."""
@@ -240,7 +240,7 @@ class TestRawSamples:
         sound = audio.decode(stereo.tobytes(), "audio/pcm;rate=8000;channels=2;format=s16le", LIMITS)
 
         np.testing.assert_array_equal(np.array([200, -600]) / np.float32(32_768), sound.samples)
-        assert sound.duration == 2 / 8_000
+        assert 2 / 8_000 == sound.duration
 
     @given(samples=st.lists(st.integers(-32_768, 32_767), min_size=1, max_size=300), channels=st.integers(1, 3))
     @settings(max_examples=100, deadline=None)
@@ -313,22 +313,22 @@ class TestRejections:
         data = encode(tone(2.0), container=container, subtype=None)
         exact = Limits(max_bytes=len(data), max_seconds=2.0)
 
-        assert audio.decode(data, None, exact).duration == 2.0
+        assert 2.0 == audio.decode(data, None, exact).duration
         assert ("too-large", f"{len(data)} bytes, the limit is {len(data) - 1}; send shorter chunks") == rejection(
             data, None, Limits(max_bytes=len(data) - 1)
         )
-        assert rejection(data, None, Limits(max_seconds=1.5)) == ("too-long", "2.0 s or more, the limit is 1.5 s")
+        assert ("too-long", "2.0 s or more, the limit is 1.5 s") == rejection(data, None, Limits(max_seconds=1.5))
 
     def test_raw_too_long(self) -> None:
         """Raw samples have no header, but a length all the same."""
-        assert rejection(bytes(16_002), "audio/L16;rate=8000", Limits(max_seconds=1.0))[0] == "too-long"
+        assert "too-long" == rejection(bytes(16_002), "audio/L16;rate=8000", Limits(max_seconds=1.0))[0]
 
     def test_unknown_length_is_limited_too(self) -> None:
         """A FLAC that does not tell its length is stopped at the limit."""
         data = with_flac_frames(encode(np.zeros(8_000 * 120, np.int16), 8_000, "FLAC"), 0)
 
         assert len(data) < 8_000
-        assert rejection(data, "audio/flac")[0] == "too-long"
+        assert "too-long" == rejection(data, "audio/flac")[0]
 
     @pytest.mark.parametrize("frames", [2**31, 2**36 - 1])
     def test_a_lie_costs_no_memory(self, frames: int) -> None:
@@ -338,10 +338,10 @@ class TestRejections:
         audio.decode(self.WAV, None, LIMITS)
         tracemalloc.start()
         try:
-            assert rejection(flac, "audio/flac")[0] == "too-long"
+            assert "too-long" == rejection(flac, "audio/flac")[0]
             with pytest.raises(BadRecord, match=f"the header claims {frames} frames, 16000 are there"):
                 audio.from_container(flac)
-            assert audio.decode(wav, "audio/wav", LIMITS).duration == 1.0
+            assert 1.0 == audio.decode(wav, "audio/wav", LIMITS).duration
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -361,7 +361,7 @@ class TestRejections:
         """No address or time is in a detail: a replay must write the same rejection."""
         details = {rejection(b"fLaC" + bytes(100), None) for _ in range(5)}
 
-        assert len(details) == 1
+        assert 1 == len(details)
         assert "0x" not in details.pop()[1]
 
 
@@ -391,7 +391,7 @@ class TestStrangersBytes:
         except BadRecord as error:
             return str(error)
         assert sound.samples.size > 0
-        assert sound.samples.ndim == 1
+        assert 1 == sound.samples.ndim
         assert bool(np.isfinite(sound.samples).all())
         assert 0 < sound.duration <= LIMITS.max_seconds
         return sound.samples.tobytes()
@@ -437,7 +437,7 @@ class TestResample:
         resampled = audio.resample(tone(1.0, rate), rate, 16_000)
 
         assert np.float32 == resampled.dtype
-        assert resampled.size == 16_000
+        assert 16_000 == resampled.size
         inner = slice(800, -800)
         np.testing.assert_allclose(resampled[inner], tone()[inner], atol=1e-4)
 
@@ -468,9 +468,9 @@ class TestResample:
 
         sound: Sound = audio.waveform(data, "audio/wav", 16_000, LIMITS)
 
-        assert sound.sample_rate == 16_000
-        assert sound.duration == 4_414 / 44_100
-        assert sound.samples.size == 1_601
+        assert 16_000 == sound.sample_rate
+        assert 4_414 / 44_100 == sound.duration
+        assert 1_601 == sound.samples.size
 
 
 class TestToMono:

@@ -158,34 +158,34 @@ class TestChunks:
 
         sent = cut(files, chunk_seconds=0.5)
 
-        assert [sound.duration for sound in heard(sent)] == [0.5, 0.5, 0.5, 0.5, 0.2]
+        assert [0.5, 0.5, 0.5, 0.5, 0.2] == [sound.duration for sound in heard(sent)]
         np.testing.assert_array_equal(np.concatenate([first, second]), joined(sent))
 
     def test_files_shorter_than_a_chunk(self, tmp_path: Path) -> None:
         """Many short files fill one chunk."""
         files = [write(tmp_path / f"{i}.wav", noise(0.01, seed=i)) for i in range(5)]
 
-        assert [sound.duration for sound in heard(cut(files, chunk_seconds=0.04))] == [0.04, 0.01]
+        assert [0.04, 0.01] == [sound.duration for sound in heard(cut(files, chunk_seconds=0.04))]
 
     def test_event(self, tmp_path: Path) -> None:
         """A chunk is a CloudEvent in binary mode, under the key of its source."""
         sent = cut([write(tmp_path / "a.wav", noise(0.2))], chunk_seconds=0.1)
 
-        assert [(m.key, m.topic, m.partition, m.timestamp) for m in sent] == [(b"mic-1", "audio.in", None, None)] * 2
-        assert dict(sent[1].headers) == {
+        assert [(b"mic-1", "audio.in", None, None)] * 2 == [(m.key, m.topic, m.partition, m.timestamp) for m in sent]
+        assert {
             "ce_specversion": b"1.0",
             "ce_id": b"2026-11-22T08:00:00.000000Z/1",
             "ce_source": b"mic-1",
             "ce_type": b"earshot.audio",
             "ce_time": b"2026-11-22T08:00:00.100000Z",
             "content-type": b"audio/wav",
-        }
+        } == dict(sent[1].headers)
 
     def test_ids_are_unique(self, tmp_path: Path) -> None:
         """No two chunks share an id."""
         sent = cut([write(tmp_path / "a.wav", noise(2))], chunk_seconds=0.01)
 
-        assert len({dict(message.headers)["ce_id"] for message in sent}) == 200
+        assert 200 == len({dict(message.headers)["ce_id"] for message in sent})
 
     def test_event_times(self, tmp_path: Path) -> None:
         """Event times are the start plus the samples before, across files and in any time zone."""
@@ -207,7 +207,7 @@ class TestChunks:
 
         sent = cut([path], chunk_seconds=0.10001)  # 800.08 samples, so 800
 
-        assert dict(sent[39].headers)["ce_time"] == b"2026-11-22T08:00:03.900000Z"
+        assert b"2026-11-22T08:00:03.900000Z" == dict(sent[39].headers)["ce_time"]
 
     def test_rate_of_the_first_file(self, tmp_path: Path) -> None:
         """A recording has one rate: later files are resampled to that of the first."""
@@ -216,7 +216,7 @@ class TestChunks:
 
         silent, resampled = heard(cut(files))
 
-        assert (silent.sample_rate, resampled.sample_rate) == (RATE, RATE)
+        assert (RATE, RATE) == (silent.sample_rate, resampled.sample_rate)
         expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
         np.testing.assert_allclose(resampled.samples[100:-100], expected[100:-100], atol=2 * STEP)
 
@@ -248,7 +248,7 @@ class TestChunks:
 
     def test_nothing_to_play(self) -> None:
         """No files are no chunks."""
-        assert cut([]) == []
+        assert [] == cut([])
 
     @pytest.mark.parametrize("content", [b"", b"not a sound at all", None])
     def test_unreadable_file(self, tmp_path: Path, content: bytes | None) -> None:
@@ -309,7 +309,7 @@ class TestDegradations:
         """What gets louder than full scale is clipped, and does not wrap around."""
         louder = joined(cut([write(tmp_path / "a.wav", np.array([0.5, -0.5]))], "gain:20"))
 
-        assert louder.tolist() == [1 - STEP, -1.0]
+        assert [1 - STEP, -1.0] == louder.tolist()
 
     @pytest.mark.parametrize("snr", [0.0, 10.0, 30.0])
     def test_noise(self, tmp_path: Path, snr: float) -> None:
@@ -319,7 +319,7 @@ class TestDegradations:
 
         added = joined(cut([path], f"noise:{snr}")) - joined(cut([path]))
 
-        assert 10 * np.log10(np.mean(samples**2) / np.mean(added**2)) == pytest.approx(snr, abs=1.0)
+        assert pytest.approx(snr, abs=1.0) == 10 * np.log10(np.mean(samples**2) / np.mean(added**2))
         assert abs(np.corrcoef(added[:-1], added[1:])[0, 1]) < 0.05
 
     def test_noise_is_seeded(self, tmp_path: Path) -> None:
@@ -397,9 +397,9 @@ class TestPlay:
         """Speed 0 never sleeps, sends full batches and the rest, and keeps the order."""
         broker, clock = RecordingBroker(), Clock()
 
-        assert self.run(broker, self.MESSAGES, clock, speed=0) == (150, [64, 64, 22])
-        assert clock.slept == []
-        assert [len(batch) for batch in broker.batches] == [64, 64, 22]
+        assert (150, [64, 64, 22]) == self.run(broker, self.MESSAGES, clock, speed=0)
+        assert [] == clock.slept
+        assert [64, 64, 22] == [len(batch) for batch in broker.batches]
         assert list(self.MESSAGES) == [message for batch in broker.batches for message in batch]
 
     @pytest.mark.parametrize(("speed", "interval"), [(1.0, 0.5), (4.0, 0.125), (0.5, 1.0)])
@@ -407,7 +407,7 @@ class TestPlay:
         """Chunks go out one by one, at their time divided by the speed."""
         broker, clock = RecordingBroker(), Clock()
 
-        assert self.run(broker, self.MESSAGES[:5], clock, speed=speed) == (5, [1] * 5)
+        assert (5, [1] * 5) == self.run(broker, self.MESSAGES[:5], clock, speed=speed)
         assert [interval] * 4 == clock.slept
 
     def test_each_is_sent_before_the_wait_for_the_next(self) -> None:
@@ -426,7 +426,7 @@ class TestPlay:
             sleep=clock.sleep,
         )
 
-        assert published_at == [100.0, 100.5, 101.0, 101.5]
+        assert [100.0, 100.5, 101.0, 101.5] == published_at
 
     def test_catching_up(self) -> None:
         """After a delay everything that has become due goes out together, and the pace is kept."""
@@ -439,8 +439,8 @@ class TestPlay:
 
         self.run(broker, slow(), clock, speed=1.0)
 
-        assert [len(batch) for batch in broker.batches] == [1, 1, 3, 1]
-        assert clock.now == 102.5
+        assert [1, 1, 3, 1] == [len(batch) for batch in broker.batches]
+        assert 102.5 == clock.now
 
     def test_stop(self) -> None:
         """Once stopped, nothing more is taken; what was due has been sent."""
@@ -451,7 +451,7 @@ class TestPlay:
             stop.set()
             yield from self.MESSAGES[3:]
 
-        assert self.run(broker, until_third(), clock, speed=1.0, stop=stop) == (3, [1, 1, 1])
+        assert (3, [1, 1, 1]) == self.run(broker, until_third(), clock, speed=1.0, stop=stop)
         assert list(self.MESSAGES[:3]) == [message for batch in broker.batches for message in batch]
 
     def test_stop_ends_the_wait(self) -> None:
@@ -473,11 +473,11 @@ class TestPlay:
         )
 
         timer.join()
-        assert count == 1
+        assert 1 == count
 
     def test_nothing(self) -> None:
         """Nothing to play is nothing published."""
         broker, clock = RecordingBroker(), Clock()
 
-        assert self.run(broker, [], clock, speed=1.0) == (0, [])
-        assert broker.batches == []
+        assert (0, []) == self.run(broker, [], clock, speed=1.0)
+        assert [] == broker.batches
