@@ -161,28 +161,29 @@ class SourceState:
         self._sums[:] = 0
         self._counts[:] = 0
         self._blocks.append(block)
-        fired = [index for index in range(len(self._names)) if self._feed(index, block)]
-        shift = self._judge(fired, block.number)
+        fired = self._feed(block)
         if len(self._blocks) >= MAX_BLOCKS:
-            self._forget()
-        return shift
+            fired |= self._forget()
+        return self._judge(fired, block.number)
 
-    def _feed(self, index: int, block: _Block) -> bool:
-        mean = float(block.means[index])
-        if not np.isfinite(mean):
-            return False
-        detector = self._detectors[index]
-        detector.update(mean)
-        if not detector.drift_detected:
-            return False
-        # ADWIN starts over, empty, at its next update.
-        self._suspects[index] = block.number
-        self._starts[index] = block.number + 1
-        return True
+    def _feed(self, block: _Block) -> set[int]:
+        """Show a block to the detectors and return those that fired."""
+        fired = set()
+        for index, mean in enumerate(block.means.tolist()):
+            if block.number < self._starts[index] or not np.isfinite(mean):
+                continue
+            detector = self._detectors[index]
+            detector.update(mean)
+            if detector.drift_detected:
+                # ADWIN starts over, empty, at its next update.
+                self._starts[index] = block.number + 1
+                fired.add(index)
+        return fired
 
-    def _judge(self, fired: list[int], now: int) -> Shift | None:
+    def _judge(self, fired: set[int], now: int) -> Shift | None:
         """Open an episode if enough signals are suspects, and keep an open one silent."""
         horizon = self._policy.horizon
+        self._suspects.update(dict.fromkeys(sorted(fired), now))
         self._suspects = {i: fired_at for i, fired_at in self._suspects.items() if now - fired_at < horizon}
         if self._last_fired is not None and now - self._last_fired >= horizon:
             self._last_fired = None
@@ -213,18 +214,18 @@ class SourceState:
         self._detectors = [self._detector() for _ in self._names]
         return Shift(tuple(shifts), blocks[split].offset, blocks[split].time)
 
-    def _forget(self) -> None:
-        self._blocks = self._blocks[MAX_BLOCKS // 2 :]
-        first = self._blocks[0].number
-        self._starts = [max(start, first) for start in self._starts]
-        self._replay()
+    def _forget(self) -> set[int]:
+        """Drop the older half of the blocks and return the detectors that fire without it.
 
-    def _replay(self) -> None:
+        One may: an outlier among the forgotten blocks can have hidden a shift among the others.
+        """
+        self._blocks = self._blocks[MAX_BLOCKS // 2 :]
+        return self._replay()
+
+    def _replay(self) -> set[int]:
+        """Show the blocks to new detectors; those of a restored state cannot fire, since they did not before."""
         self._detectors = [self._detector() for _ in self._names]
-        for block in self._blocks:
-            for index, mean in enumerate(block.means.tolist()):
-                if block.number >= self._starts[index] and np.isfinite(mean):
-                    self._detectors[index].update(mean)
+        return {index for block in self._blocks for index in self._feed(block)}
 
     def _detector(self) -> ADWIN:
         return ADWIN(delta=self._policy.delta, clock=1, min_window_length=MIN_WINDOW, grace_period=GRACE_PERIOD)
