@@ -11,6 +11,10 @@ from typing import NoReturn
 import pytest
 
 from tests import apache_kafka
+from trainer.dataset import load
+from trainer.fit import fit
+from trainer.simulate import simulate
+from worker.features import FeatureSpec
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LOCAL_KAFKA = ("localhost", 19092)  # where `docker compose up` publishes its broker
@@ -40,6 +44,30 @@ def esc10() -> Path:
 def notes() -> Path:
     """Single notes of six instruments, with ``midi_pitch`` as a regression target (``meta.csv``, ``audio/``)."""
     return _recordings("notes")
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated data set: 72 clips of two seconds, six classes, six machines."""
+    folder = tmp_path_factory.mktemp("machines")
+    simulate(folder, seed=0, clips=72, seconds=2.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def machine_bundle(machines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier of the simulated machines."""
+    bundle = tmp_path_factory.mktemp("bundles") / "machines"
+    fit(load(machines), bundle, name="machines", spec=FeatureSpec(), trees=20)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def rpm_bundle(machines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small regressor of the simulated machines' speed."""
+    bundle = tmp_path_factory.mktemp("bundles") / "rpm"
+    fit(load(machines, label="rpm"), bundle, name="rpm", spec=FeatureSpec(), trees=20)
+    return bundle
 
 
 @pytest.fixture(scope="session")

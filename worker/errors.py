@@ -12,7 +12,7 @@ setting, what was expected, and what to do.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 Reason = Literal[
     "bad-header",
@@ -30,6 +30,9 @@ Reason = Literal[
 ]
 """Why a record was rejected: one word a program can switch on."""
 
+DETAIL_LIMIT: Final = 280
+"""Characters of a detail: it may quote the record, whose copy must still fit its topic."""
+
 
 class EarshotError(Exception):
     """The base of every error that Earshot raises on purpose."""
@@ -39,9 +42,9 @@ class BadRecord(EarshotError):
     """One record cannot be used; it goes to audio.dlq with this reason and detail."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
-        self.detail = detail
+        self.detail = detail[:DETAIL_LIMIT]
+        super().__init__(f"{reason}: {self.detail}")
 
 
 class BadModel(EarshotError):

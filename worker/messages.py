@@ -390,7 +390,7 @@ def _event_time(headers: Mapping[str, bytes], timestamp: int) -> int:
             raise BadRecord("bad-header", f"the record's timestamp is {timestamp} ms: {error}") from None
         return timestamp
     try:
-        time = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text.upper())
         if time.tzinfo is None:
             raise ValueError("no offset from UTC")
         return (time.astimezone(UTC) - _EPOCH) // timedelta(milliseconds=1)

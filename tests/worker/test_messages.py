@@ -172,15 +172,13 @@ class TestDecode:
         assert reason == got_reason
         assert detail in got_detail
 
-    UNBOUNDED = pytest.mark.xfail(strict=True, reason="decode repeats the whole header in the detail")
-
     @pytest.mark.parametrize(
         "sent",
         [
             record(key=b"\xff" * 10**6),
             record(("content-type", b"\xff" * 10**6)),
-            pytest.param(record(("ce_time", b"x" * 10**6)), marks=UNBOUNDED),
-            pytest.param(record(("content-type", b"application/cloudevents" + b"x" * 10**6)), marks=UNBOUNDED),
+            record(("ce_time", b"x" * 10**6)),
+            record(("content-type", b"application/cloudevents" + b"x" * 10**6)),
         ],
         ids=["key", "content-type", "ce_time", "structured-mode"],
     )

@@ -1,0 +1,172 @@
+"""A bundle is believed only after it has been verified, and nothing is unpickled before that."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from worker import bundle
+from worker.errors import BadModel, Fatal
+from worker.profile import signal_names
+
+
+@pytest.fixture
+def copy(machine_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(machine_bundle, tmp_path / "machines"))
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Change fields of the manifest, as somebody would who also knows how to hash."""
+    manifest = msgspec.json.decode((path / bundle.MANIFEST).read_bytes())
+    (path / bundle.MANIFEST).write_bytes(msgspec.json.encode(manifest | changes))
+
+
+def replace_file(path: Path, name: str, content: bytes) -> None:
+    """Replace a file and state its new hash."""
+    (path / name).write_bytes(content)
+    files = msgspec.json.decode((path / bundle.MANIFEST).read_bytes())["files"]
+    rewrite_manifest(path, files=files | {name: hashlib.sha256(content).hexdigest()})
+
+
+class Bomb:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_bundle_loads_and_says_what_it_is(machine_bundle: Path) -> None:
+    """Its id is its name, its time and the SHA-256 of its manifest; its parts belong together."""
+    loaded = bundle.load(machine_bundle)
+    raw = (machine_bundle / bundle.MANIFEST).read_bytes()
+    assert "machines" == loaded.id.name
+    assert hashlib.sha256(raw).hexdigest() == loaded.id.hash
+    assert signal_names(loaded.manifest.classes, loaded.manifest.watched) == loaded.profile.names
+    assert [loaded.featurizer.feature_names[i] for i in loaded.watched] == list(loaded.manifest.watched)
+    assert set(bundle.FILES) == set(loaded.manifest.files)
+
+
+@pytest.mark.parametrize("name", bundle.FILES)
+def test_a_damaged_file_is_refused(copy: Path, name: str) -> None:
+    """One flipped bit anywhere is seen, and the file is named."""
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BadModel, match=f"{name} has SHA-256 .* it is damaged or replaced"):
+        bundle.load(copy)
+
+
+@pytest.mark.parametrize("name", [bundle.FEATURIZER, bundle.FOREST])
+def test_nothing_is_unpickled_before_its_hash_is_checked(copy: Path, name: str, tmp_path: Path) -> None:
+    """A replaced pickle does not run."""
+    trace = tmp_path / "trace"
+    (copy / name).write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(BadModel):
+        bundle.load(copy)
+    assert not trace.exists()
+    pickle.loads((copy / name).read_bytes())
+    assert trace.exists(), "the bomb is a dud, and the test proves nothing"
+
+
+@pytest.mark.parametrize("name", [*bundle.FILES, bundle.MANIFEST])
+def test_an_incomplete_bundle_is_refused(copy: Path, name: str) -> None:
+    """A missing file is named."""
+    (copy / name).unlink()
+    with pytest.raises(BadModel, match=name):
+        bundle.load(copy)
+
+
+def test_a_forest_of_another_scikit_learn_is_refused_before_it_is_unpickled(copy: Path, tmp_path: Path) -> None:
+    """The text says which version made it and how to get on."""
+    trace = tmp_path / "trace"
+    replace_file(copy, bundle.FOREST, pickle.dumps(Bomb(trace)))
+    versions = msgspec.json.decode((copy / bundle.MANIFEST).read_bytes())["versions"]
+    rewrite_manifest(copy, versions=versions | {"scikit-learn": "0.24.2"})
+    with pytest.raises(BadModel, match=r"made by scikit-learn 0\.24\.2 .* train again, or install"):
+        bundle.load(copy)
+    assert not trace.exists()
+
+
+def test_a_bundle_of_a_later_format_is_refused(copy: Path) -> None:
+    """The format is looked at before anything else of the manifest."""
+    rewrite_manifest(copy, format=99, unheard_of=True)
+    with pytest.raises(BadModel, match="has bundle format 99; this Earshot reads format 1"):
+        bundle.load(copy)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"[]", b"{", b"\xff", b'{"format": 1}'])
+def test_a_manifest_that_is_none_is_refused(copy: Path, garbage: bytes) -> None:
+    """Whatever stands there, it is a BadModel that names the bundle."""
+    (copy / bundle.MANIFEST).write_bytes(garbage)
+    with pytest.raises(BadModel, match=str(copy)):
+        bundle.load(copy)
+
+
+def test_features_that_differ_from_the_trainers_are_refused(copy: Path) -> None:
+    """The first golden clip that differs names the feature, what came out and what should have."""
+    goldens = bundle._unpack((copy / bundle.GOLDEN).read_bytes())
+    names = bundle.load(copy).featurizer.feature_names
+    goldens[2].features[1, 7] += 1.0
+    replace_file(copy, bundle.GOLDEN, bundle._pack(goldens))
+    with pytest.raises(BadModel, match=rf"golden clip 2 .* features: {names[7]} is .*, expected "):
+        bundle.load(copy)
+
+
+def test_scores_that_differ_by_one_bit_are_refused(copy: Path) -> None:
+    """From the same features a forest gives the same scores, to the last bit."""
+    goldens = bundle._unpack((copy / bundle.GOLDEN).read_bytes())
+    goldens[0].scores[0, 0] = np.nextafter(goldens[0].scores[0, 0], 2.0)
+    replace_file(copy, bundle.GOLDEN, bundle._pack(goldens))
+    with pytest.raises(BadModel, match=r"golden clip 0 .* scores: output 0 of window 0"):
+        bundle.load(copy)
+
+
+def test_a_bundle_without_golden_clips_is_refused(copy: Path) -> None:
+    """Nothing would show that the model still does what it did."""
+    replace_file(copy, bundle.GOLDEN, bundle._pack([]))
+    with pytest.raises(BadModel, match="holds no clip"):
+        bundle.load(copy)
+
+
+def test_parts_of_different_models_are_refused(copy: Path, rpm_bundle: Path) -> None:
+    """A profile, forest or featurizer of another model does not fit, whatever the hashes say."""
+    for name in (bundle.PROFILE, bundle.FOREST):
+        before = (copy / name).read_bytes()
+        replace_file(copy, name, (rpm_bundle / name).read_bytes())
+        with pytest.raises(BadModel):
+            bundle.load(copy)
+        replace_file(copy, name, before)
+    buffer = io.BytesIO()
+    pickle.dump("no featurizer", buffer)
+    replace_file(copy, bundle.FEATURIZER, buffer.getvalue())
+    with pytest.raises(BadModel, match="is not the featurizer"):
+        bundle.load(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_neither_loaded_nor_overwritten(tmp_path: Path, machine_bundle: Path) -> None:
+    """Somebody's other work is safe from a mistyped --out."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadModel, match=r"has no manifest\.json"):
+        bundle.load(tmp_path)
+    loaded = bundle.load(machine_bundle)
+    with pytest.raises(Fatal, match="exists and is no model bundle"):
+        bundle.write(tmp_path, {}, featurizer=loaded.featurizer, forest=None, profile=loaded.profile, goldens=[])
+    assert ["thesis.tex"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_bundle_holds_no_class_of_the_trainer(machine_bundle: Path) -> None:
+    """A worker without the trainer installed can unpickle it."""
+    for name in (bundle.FEATURIZER, bundle.FOREST):
+        assert b"trainer" not in (machine_bundle / name).read_bytes()

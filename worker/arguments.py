@@ -1,0 +1,148 @@
+"""What can be typed after ``earshot-worker``: commands, options, help.
+
+Knows the settings of `worker.config` and nothing of what a command does with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from worker.config import Config
+
+SETTINGS: Final = frozenset({*Config.__struct_fields__, "config"})
+"""The options that are settings, and may come from the environment or a file as well."""
+
+_DEFAULTS: Final = Config()
+
+EPILOG: Final = """\
+Every option is also an environment variable (--max-batch-records: EARSHOT_MAX_BATCH_RECORDS)
+and a setting in the TOML file that --config names; the command line wins, then the environment.
+
+exit status: 0 done or drained, 1 something has to be changed first, 2 wrong usage,
+3 the model was refused, 4 the broker stayed away, 130 stopped at once by a second signal
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; what it parses has the name of the command in ``command``."""
+    parser = argparse.ArgumentParser(
+        prog="earshot-worker",
+        description="Machine hearing on a stream: audio from Kafka in, predictions and drift events out, exactly once.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(
+        commands, "run", "serve a model", "earshot-worker run --model bundle --broker kafka://localhost:9092"
+    )
+    _setting(run, "--model", metavar="FOLDER", help="the bundle to serve")
+    _setting(run, "--group", help="the consumer group; its members share the partitions")
+    _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
+    _setting(run, "--max-batch-records", metavar="N", help="records in one transaction at the most")
+    _setting(run, "--poll-seconds", metavar="S", help="how long one poll waits for records")
+    _setting(run, "--give-up-seconds", metavar="S", help="end with status 4 after so long without the broker")
+    _setting(run, "--max-record-bytes", metavar="N", help="a larger record is rejected")
+    _setting(run, "--max-record-seconds", metavar="S", help="a longer record is rejected")
+    _setting(run, "--drift-block-seconds", metavar="S", help="sound averaged before a detector sees it")
+    _setting(run, "--drift-delta", metavar="D", help="ADWIN's confidence parameter")
+    _setting(run, "--drift-quorum", metavar="N", help="signals that must have changed for one event")
+    _setting(run, "--log-format", metavar="auto|console|json", help="what the log on standard error looks like")
+    _setting(run, "--log-level", metavar="LEVEL", help="debug, info, warning or error")
+
+    play = _command(
+        commands,
+        "play",
+        "stream sound files as chunks, like a microphone",
+        "earshot-worker play clips/*.wav --source mic-1 --degrade lowpass:2000@60s",
+    )
+    play.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what libsndfile reads, or folders of it")
+    play.add_argument("--source", required=True, metavar="NAME", help="the key of the records")
+    play.add_argument("--chunk", type=_positive, default=1.0, metavar="SECONDS", help="length of a chunk (%(default)s)")
+    play.add_argument(
+        "--speed",
+        type=_not_negative,
+        default=1.0,
+        metavar="X",
+        help="1 is real time, 0 as fast as it goes (%(default)s)",
+    )
+    play.add_argument(
+        "--degrade",
+        action="append",
+        default=[],
+        metavar="HOW",
+        help="lowpass:HZ, gain:DB or noise:SNR_DB, from the start or as in noise:20@60s; may be repeated",
+    )
+    play.add_argument("--shuffle", type=int, metavar="SEED", help="play the files in a random order")
+    play.add_argument(
+        "--start",
+        type=datetime.fromisoformat,
+        metavar="TIME",
+        help="event time of the first chunk, with its offset (now)",
+    )
+
+    watch = _command(
+        commands,
+        "watch",
+        "show predictions, rejections and drift events",
+        "earshot-worker watch --from-beginning",
+    )
+    watch.add_argument("--json", action="store_true", help="one JSON object a line")
+    watch.add_argument("--from-beginning", action="store_true", help="not only what comes from now on")
+    watch.add_argument("--count", type=int, metavar="N", help="end after N predictions and rejections")
+
+    topics = _command(
+        commands, "topics", "create the topics that are not there yet", "earshot-worker topics --partitions 6"
+    )
+    topics.add_argument(
+        "--partitions", type=int, default=4, metavar="N", help="how far a group can spread (%(default)s)"
+    )
+
+    _command(commands, "asyncapi", "print the AsyncAPI document of the wire", "earshot-worker asyncapi")
+    return parser
+
+
+def _command(commands: Any, name: str, purpose: str, example: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    _setting(command, "--broker", metavar="URL", help="kafka://host:port[,host:port] or sqlite:///file")
+    _setting(command, "--topic-prefix", metavar="TEXT", help="put before the name of every topic")
+    _setting(command, "--config", metavar="FILE", help="a TOML file of settings", default="none")
+    return command
+
+
+def _setting(
+    parser: argparse.ArgumentParser, flag: str, *, metavar: str | None = None, help: str, default: str = ""
+) -> None:
+    """Add a flag of `Config`; it leaves no trace if it is not given, so that the other layers show."""
+    name = flag.removeprefix("--").replace("-", "_")
+    shown = default or str(getattr(_DEFAULTS, name)) or "none"
+    parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=f"{help} ({shown})")
+
+
+def _positive(text: str) -> float:
+    return _number(text, lambda value: value > 0, "more than 0")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, lambda value: value >= 0, "0 or more")
+
+
+def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {expected}")
+    return value
