@@ -12,6 +12,7 @@ further than its first failure: nothing in it is repaired, and the next session 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from kafka import (
     KafkaProducer,
     OffsetAndMetadata,
     OffsetSpec,
+    Serializer,
     TopicPartition,
 )
 from kafka import errors as kafka_errors
@@ -39,14 +41,12 @@ from worker.messages import Message, Record, Topics, TopicSpec
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
 REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
 SESSION_TIMEOUT: Final = 10.0  # a member that died: its partitions go to the others after this
-HEARTBEAT_INTERVAL: Final = 3.0  # at most a third of SESSION_TIMEOUT: one lost heartbeat is no death
+HEARTBEAT_INTERVAL: Final = 1.0  # a lost heartbeat or two is no death; and so soon a member hears of a rebalance
 MAX_POLL_INTERVAL: Final = 300.0  # a member that lives and hangs; longer than RESTORE_TIMEOUT and the slowest batch
 INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
 DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
-TRANSACTION_TIMEOUT: Final = 30.0  # a killed session: what it left open hides its partitions' news so long
-RESTORE_TIMEOUT: Final = (
-    60.0  # an open transaction in drift.state: TRANSACTION_TIMEOUT, the broker's next look, and time to read
-)
+TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed
+RESTORE_TIMEOUT: Final = 60.0  # states that stay undecided: TRANSACTION_TIMEOUT, the broker's next look, some reading
 SILENCE: Final = 10.0  # an outage, which a poll cannot tell from a quiet topic, so ask after this
 CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
 IDLE: Final = 1.0  # how long `follow` waits before it says that nothing came
@@ -60,6 +60,8 @@ STATE_SEGMENT_BYTES: Final = 16 << 20  # only closed segments are compacted, and
 
 LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
 BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
+
+NOTHING: Final = object()  # stands for a value of None on its way through the client
 
 REFUSED: Final = (
     kafka_errors.AuthorizationError,
@@ -98,7 +100,7 @@ class KafkaBroker:
         self._cluster = _Cluster(servers)
         self._topics = topics
         self._publisher: Any = None
-        self._followers: list[Any] = []
+        self._followers: set[Any] = set()
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
         """Create the topics that do not exist yet, with the cluster's default replication, and return their names."""
@@ -125,12 +127,11 @@ class KafkaBroker:
         """Fence what an earlier session of ``instance`` left open, and become a member of ``group`` at the first poll.
 
         Raises:
-            Fatal: a topic is missing or has the wrong number of partitions, or access is refused.
+            Fatal: access is refused, or ``instance`` is no name for Kafka.
             Retryable: the broker cannot be reached.
         """
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", instance):
             raise Fatal(f"--instance is {instance!r}; Kafka wants up to 200 letters, digits, dots, dashes, underscores")
-        self._cluster.require(self._topics)
         return KafkaSession(self._cluster, self._topics, group, instance)
 
     def publish(self, messages: Iterable[Message]) -> None:
@@ -154,7 +155,7 @@ class KafkaBroker:
         found = self._cluster.partitions(topics)
         _require_all(found, topics)
         consumer = self._cluster.consumer()
-        self._followers.append(consumer)
+        self._followers.add(consumer)
         with self._cluster.errors("follow"):
             partitions = [TopicPartition(topic, partition) for topic in topics for partition in range(found[topic])]
             consumer.assign(partitions)
@@ -178,6 +179,7 @@ class KafkaBroker:
                     polled = consumer.poll(timeout_ms=_ms(IDLE))
                 yield _records(polled)
         finally:
+            self._followers.discard(consumer)
             _close_consumer(consumer)
 
     def _close_publisher(self) -> None:
@@ -195,7 +197,7 @@ class KafkaSession:
         self._group = group
         self._instance = instance
         self._changes = _Changes()
-        self._heard = time.monotonic()
+        self._heard = -math.inf
         self._closed = False
         with cluster.errors("join"):
             self._producer = cluster.producer(
@@ -219,13 +221,16 @@ class KafkaSession:
             self._consumer.subscribe([topics.audio_in], listener=self._changes)
 
     def poll(self, timeout: float, max_records: int) -> Polled:
-        """Return records of ``audio.in`` and what has changed in the assignment."""
+        """Return records of ``audio.in`` and what has changed; first of all, and after a silence, look at the topics.
+
+        The client itself waits in silence for a topic that is missing and for a cluster that is gone.
+        """
+        if time.monotonic() - self._heard > SILENCE:
+            self._cluster.require(self._topics)
+            self._heard = time.monotonic()
         with self._cluster.errors("poll"):
             records = _records(self._consumer.poll(timeout_ms=_ms(timeout), max_records=max_records))
         if records:
-            self._heard = time.monotonic()
-        elif time.monotonic() - self._heard > SILENCE:
-            self._cluster.require(self._topics)
             self._heard = time.monotonic()
         return Polled(records, *self._changes.take())
 
@@ -302,17 +307,24 @@ class KafkaSession:
             return
         self._closed = True
         _close_producer(self._producer)
-        member = self._consumer.group_metadata().member_id
+        with contextlib.suppress(Exception):
+            self._leave()
         _close_consumer(self._consumer)
-        # A named member does not leave by itself, so that it may come back; we do not mean to.
-        # With the member's id it cannot be a later session of this instance that is shown out.
+
+    def _leave(self) -> None:
+        """Leave the group: a named member does not do so by itself, so that it may come back; we do not mean to.
+
+        With the member's id it cannot be a later session of the instance that is shown out.
+        """
+        member = self._consumer.group_metadata().member_id
         if member:
-            leaver = MemberToRemove(member_id=member, group_instance_id=self._instance, reason="closed")
-            with contextlib.suppress(kafka_errors.KafkaError), self._cluster.admin(CLOSE_TIMEOUT) as admin:
+            bounds = {"bootstrap_timeout_ms": _ms(CLOSE_TIMEOUT), "request_timeout_ms": _ms(CLOSE_TIMEOUT)}
+            with self._cluster.admin(**bounds) as admin:
+                leaver = MemberToRemove(member_id=member, group_instance_id=self._instance)
                 admin.remove_group_members(self._group, [leaver])
 
     def _commit(self, transaction: KafkaTransaction) -> None:
-        """Take steps 3 to 6. The client waits without a limit in 5 and 6, and nowhere else."""
+        """Take steps 3 to 6; the client waits without a limit in 5 and 6."""
         _delivered(self._producer, transaction.results)  # 3
         if transaction.offsets:
             member = self._consumer.group_metadata()  # 4
@@ -366,6 +378,13 @@ class _Changes(ConsumerRebalanceListener):  # type: ignore[misc]  # the client s
         return changes
 
 
+class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
+    """Lets a record have neither key nor value: Kafka does, but the client checks before it serializes."""
+
+    def serialize(self, _topic: str, _headers: object, data: object) -> object:
+        return None if data is NOTHING else data
+
+
 class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no types
     """A producer that can be closed: the client's own flush raises at its timeout, and close then leaves its thread."""
 
@@ -389,8 +408,8 @@ class _Cluster:
     def __str__(self) -> str:
         return self._servers
 
-    def admin(self, timeout: float = CONNECT_TIMEOUT) -> Any:
-        return self._open(KafkaAdminClient, bootstrap_timeout_ms=_ms(timeout), request_timeout_ms=_ms(timeout))
+    def admin(self, **settings: Any) -> Any:
+        return self._open(KafkaAdminClient, **settings)
 
     def consumer(self, **settings: Any) -> Any:
         """Make a consumer of committed records; also for plain topics: only so does it wait for pending offsets."""
@@ -417,6 +436,7 @@ class _Cluster:
             delivery_timeout_ms=_ms(DELIVERY_TIMEOUT),
             retry_backoff_ms=_ms(BACKOFF),
             allow_auto_create_topics=False,
+            value_serializer=_Values(),
             metrics_enabled=False,
             **settings,
         )
@@ -466,7 +486,7 @@ class _Cluster:
                 f"or the transaction took longer than {TRANSACTION_TIMEOUT:.0f} s"
             )
         if isinstance(error, UnicodeDecodeError) or any(isinstance(cause, UNUSABLE) for cause in causes):
-            return Fatal(told)
+            return Fatal(f"{told}; trying again cannot help")
         return Retryable(told)
 
     def _open(self, kind: Any, **settings: Any) -> Any:
@@ -488,7 +508,7 @@ class _Cluster:
 def _send(producer: Any, message: Message) -> Any:
     return producer.send(
         message.topic,
-        value=message.value,
+        value=NOTHING if message.value is None else message.value,
         key=message.key,
         headers=list(message.headers),
         partition=message.partition,
@@ -500,7 +520,9 @@ def _delivered(producer: Any, results: Iterable[Any]) -> None:
     """Wait until every message is written, or raise why one was not."""
     producer.flush(DELIVERY_TIMEOUT)
     for result in results:
-        result.get(timeout=0)
+        if not result.is_done:
+            raise kafka_errors.KafkaTimeoutError(f"a record was not taken within {DELIVERY_TIMEOUT:.0f} s")
+        result.get()
 
 
 def _records(polled: Mapping[Any, Sequence[Any]]) -> list[Record]:

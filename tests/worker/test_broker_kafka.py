@@ -1,0 +1,414 @@
+"""What is particular to Kafka; that it keeps the contract of `worker.broker` is for tests/contract to show."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from tests import apache_kafka
+from tests.conftest import missing
+from worker import broker_kafka
+from worker.broker_kafka import KafkaBroker, KafkaSession
+from worker.errors import Fatal, Retryable
+from worker.messages import Message, Record, Topics, TopicSpec
+
+PARTITIONS = 4
+PATIENCE = 30.0  # seconds to wait for what must come
+
+
+@pytest.fixture
+def topics() -> Topics:
+    return Topics(prefix=f"{uuid.uuid4().hex[:12]}.")
+
+
+@pytest.fixture
+def group() -> str:
+    return f"group-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def broker(kafka_address: str, topics: Topics) -> Iterator[KafkaBroker]:
+    with closing(KafkaBroker([kafka_address], topics)) as broker:
+        broker.create_topics(topics.layout(PARTITIONS))
+        yield broker
+
+
+def sounds(topics: Topics, count: int) -> list[Message]:
+    return [Message(topics.audio_in, b"source", b"%d" % n, partition=n % PARTITIONS) for n in range(count)]
+
+
+def process(session: KafkaSession, topics: Topics, records: list[Record]) -> None:
+    """Commit one output for each record: the place where the record stood."""
+    with session.transaction() as transaction:
+        transaction.send(
+            Message(topics.predictions_out, each.key, b"%d/%d" % (each.partition, each.offset)) for each in records
+        )
+        transaction.commit_offsets({each.partition: each.offset + 1 for each in records})
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "what must come did not come"
+        time.sleep(0.02)
+
+
+def poll_for(session: KafkaSession, count: int) -> list[Record]:
+    records: list[Record] = []
+
+    def enough() -> bool:
+        records.extend(session.poll(0.2, 100).records)
+        return len(records) >= count
+
+    wait_for(enough)
+    return records
+
+
+def committed(broker: KafkaBroker, topic: str) -> list[Record]:
+    """Everything that a reader of ``topic`` can see now."""
+    records: list[Record] = []
+    for batch in broker.follow([topic], from_beginning=True):
+        if not batch:
+            break
+        records += batch
+    return records
+
+
+def transactional(address: str) -> Producer:
+    producer = Producer({"bootstrap.servers": address, "transactional.id": uuid.uuid4().hex})
+    producer.init_transactions(PATIENCE)
+    return producer
+
+
+# -- members of a group ---------------------------------------------------------------------------
+
+
+def test_members_share_the_partitions_and_process_nothing_twice(
+    broker: KafkaBroker, topics: Topics, group: str
+) -> None:
+    """A second member takes half of the partitions while both work, and gives them back when it leaves."""
+    members: dict[KafkaSession, set[int]] = {}
+    rounds = 0
+
+    def each_owns(count: int) -> bool:
+        """Let every member work on a record of each partition, and look at what it owns afterwards."""
+        nonlocal rounds
+        rounds += 1
+        broker.publish(sounds(topics, PARTITIONS))
+        for session, owned in members.items():
+            polled = session.poll(0.1, 10)
+            owned.difference_update(polled.revoked)
+            owned.update(polled.assigned)
+            assert {record.partition for record in polled.records} <= owned
+            if polled.records:
+                process(session, topics, polled.records)
+        return all(len(owned) == count for owned in members.values())
+
+    with closing(broker.join(group, "one")) as one:
+        members[one] = set()
+        wait_for(lambda: each_owns(PARTITIONS))
+        with closing(broker.join(group, "two")) as two:
+            members[two] = set()
+            wait_for(lambda: each_owns(PARTITIONS // 2))
+            assert set(range(PARTITIONS)) == members[one] | members[two]
+            for _ in range(5):
+                each_owns(PARTITIONS // 2)
+            del members[two]
+        left = time.monotonic()
+        wait_for(lambda: each_owns(PARTITIONS))
+        # It was shown out of the group, not waited for until it was thought dead.
+        assert time.monotonic() - left < broker_kafka.SESSION_TIMEOUT
+        expected = Counter(b"%d/%d" % (partition, n) for partition in range(PARTITIONS) for n in range(rounds))
+        while records := one.poll(2.0, 100).records:
+            process(one, topics, records)
+
+    assert expected == Counter(record.value for record in committed(broker, topics.predictions_out))
+
+
+def test_a_successor_of_the_same_instance_takes_over_at_once(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """The partitions of a worker that was killed wait for no timeout; its remains neither commit nor disturb."""
+    broker.publish(sounds(topics, PARTITIONS))
+    old = broker.join(group, "one")
+    poll_for(old, PARTITIONS)
+
+    started = time.monotonic()
+    with closing(broker.join(group, "one")) as new:
+        records = poll_for(new, PARTITIONS)
+        assert time.monotonic() - started < broker_kafka.SESSION_TIMEOUT
+        with pytest.raises(Retryable, match="--instance"):
+            process(old, topics, records)
+        old.close()
+        process(new, topics, records)
+        broker.publish(sounds(topics, PARTITIONS))
+        deadline = time.monotonic() + 2 * broker_kafka.HEARTBEAT_INTERVAL
+        while time.monotonic() < deadline:
+            assert frozenset() == new.poll(0.2, 100).revoked
+
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["unaware", "aware"])
+def test_a_member_that_was_shown_out_cannot_commit(
+    broker: KafkaBroker, topics: Topics, group: str, *, aware: bool
+) -> None:
+    """Neither before its heartbeat tells it, nor after, when it has no generation that the group could refuse."""
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        records = poll_for(session, PARTITIONS)
+        session._leave()
+        if aware:
+            wait_for(lambda: session._consumer.group_metadata().generation_id <= 0)
+        with pytest.raises(Retryable, match=r"generation|group metadata"):
+            process(session, topics, records)
+
+    with closing(broker.join(group, "one")) as session:
+        assert PARTITIONS == len(poll_for(session, PARTITIONS))
+    assert [] == committed(broker, topics.predictions_out)
+
+
+def test_lost_partitions_are_reported_and_won_back(broker: KafkaBroker, group: str) -> None:
+    """A member that was shown out while idle reports its partitions as revoked and as assigned again."""
+    with closing(broker.join(group, "one")) as session:
+        wait_for(lambda: bool(session.poll(0.2, 1).assigned))
+        session._leave()
+        assigned: set[int] = set()
+        revoked: set[int] = set()
+
+        def won_back() -> bool:
+            polled = session.poll(0.2, 1)
+            revoked.update(polled.revoked)
+            assigned.update(polled.assigned)
+            return len(assigned) == PARTITIONS
+
+        wait_for(won_back)
+        assert set(range(PARTITIONS)) == revoked
+
+
+# -- committed, aborted, undecided ----------------------------------------------------------------
+
+
+def test_follow_never_sees_what_was_aborted(broker: KafkaBroker, topics: Topics, kafka_address: str) -> None:
+    """Whoever aborts: nothing of it shows, nor does what is undecided, and what comes after is not held up."""
+    producer = transactional(kafka_address)
+    for value in (b"aborted", b"committed"):
+        producer.begin_transaction()
+        for partition in range(PARTITIONS):
+            producer.produce(topics.predictions_out, value=value, partition=partition)
+        producer.flush()
+        assert [] == committed(broker, topics.predictions_out)
+        if value == b"aborted":
+            producer.abort_transaction()
+        else:
+            producer.commit_transaction()
+
+    assert [b"committed"] * PARTITIONS == [record.value for record in committed(broker, topics.predictions_out)]
+
+
+def test_restore_passes_over_what_is_not_a_record(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """Markers and aborted states at the end of the log are read over: they neither show nor hold `restore` up."""
+    broker.publish([Message(topics.drift_state, b"source", b"good", partition=1)])
+    producer = transactional(kafka_address)
+    for _ in range(2):
+        producer.begin_transaction()
+        for partition in range(PARTITIONS):
+            producer.produce(topics.drift_state, key=b"source", value=b"aborted", partition=partition)
+        producer.flush()
+        producer.abort_transaction()
+
+    with closing(broker.join(group, "one")) as session:
+        started = time.monotonic()
+        assert [b"good"] == [record.value for record in session.restore(range(PARTITIONS))]
+        assert time.monotonic() - started < 5.0
+        assert [] == list(session.restore([]))
+
+
+def test_restore_waits_for_what_is_undecided(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """A former owner's offsets may be committed before its states can be read: `restore` waits for them."""
+    producer = transactional(kafka_address)
+    producer.begin_transaction()
+    producer.produce(topics.drift_state, key=b"source", value=b"state", partition=0)
+    producer.flush()
+
+    with closing(broker.join(group, "one")) as session, ThreadPoolExecutor(1) as pool:
+        restored = pool.submit(lambda: [record.value for record in session.restore([0])])
+        with pytest.raises(TimeoutError):
+            restored.result(timeout=2.0)
+        producer.commit_transaction()
+        assert [b"state"] == restored.result(timeout=PATIENCE)
+
+
+def test_restore_does_not_wait_for_ever(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that nobody ends makes the session fail, so that the service says so and tries again."""
+    monkeypatch.setattr(broker_kafka, "RESTORE_TIMEOUT", 0.5)
+    producer = transactional(kafka_address)
+    producer.begin_transaction()
+    producer.produce(topics.drift_state, key=b"source", value=b"state", partition=2)
+    producer.flush()
+
+    with closing(broker.join(group, "one")) as session, pytest.raises(Retryable, match=r"still open in \[2\]"):
+        list(session.restore(range(PARTITIONS)))
+    producer.abort_transaction()
+
+
+# -- other clients --------------------------------------------------------------------------------
+
+
+def test_what_another_client_writes_is_read(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """Keys, headers, timestamps and compression of librdkafka arrive; a header without a value is an empty one."""
+    producer = Producer({"bootstrap.servers": kafka_address, "compression.type": "zstd"})
+    headers: list[tuple[str, str | bytes | None]] = [("ce_source", "mic/1"), ("ce_source", b"\xff"), ("empty", None)]
+    producer.produce(topics.audio_in, key=b"k\x00", value=b"v" * 5000, headers=headers, partition=2, timestamp=1234567)
+    producer.produce(topics.audio_in, partition=2, timestamp=1234568)
+    producer.flush()
+
+    with closing(broker.join(group, "one")) as session:
+        records = poll_for(session, 2)
+
+    read = (("ce_source", b"mic/1"), ("ce_source", b"\xff"), ("empty", b""))
+    assert [
+        Record(topics.audio_in, 2, 0, 1234567, b"k\x00", b"v" * 5000, read),
+        Record(topics.audio_in, 2, 1, 1234568, None, None),
+    ] == records
+
+
+def test_another_client_reads_what_is_committed(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """A consumer of librdkafka with ``read_committed`` sees each output once, with its key, headers and timestamp."""
+    message = Message(topics.predictions_out, b"source", b"{}", (("ce_id", b"1"), ("ce_id", b"2")), timestamp=1234567)
+    with closing(broker.join(group, "one")) as session:
+        with contextlib.suppress(ZeroDivisionError), session.transaction() as transaction:
+            transaction.send([Message(topics.predictions_out, b"source", b"aborted")])
+            raise ZeroDivisionError
+        with session.transaction() as transaction:
+            transaction.send([message])
+
+    consumer = Consumer(
+        {
+            "bootstrap.servers": kafka_address,
+            "group.id": group,
+            "isolation.level": "read_committed",
+            "auto.offset.reset": "earliest",
+        }
+    )
+    consumer.subscribe([topics.predictions_out])
+    (seen,) = consumer.consume(1, timeout=PATIENCE)
+    more = consumer.poll(1.0)
+    consumer.close()
+
+    assert more is None
+    assert (message.key, message.value) == (seen.key(), seen.value())
+    assert list(message.headers) == seen.headers()
+    assert message.timestamp == seen.timestamp()[1]
+
+
+def test_keys_choose_the_partition_that_they_choose_in_java(
+    broker: KafkaBroker, topics: Topics, kafka_address: str
+) -> None:
+    """Sources that a Java client or a Kafka Connect job writes stay on one partition with those that we write."""
+    keys = [b"source-%d" % number for number in range(40)]
+    producer = Producer({"bootstrap.servers": kafka_address, "partitioner": "murmur2_random"})
+    for key in keys:
+        producer.produce(topics.audio_in, key=key, value=b"theirs")
+    producer.flush()
+    broker.publish(Message(topics.audio_in, key, b"ours") for key in keys)
+
+    records = committed(broker, topics.audio_in)
+
+    assert 80 == len(records)
+    assert 40 == len({(record.key, record.partition) for record in records})
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_states_that_do_not_match_the_audio_are_fatal(kafka_address: str, topics: Topics, group: str) -> None:
+    """A state could not stand beside the records that it explains; the message says what to delete."""
+    with closing(KafkaBroker([kafka_address], topics)) as broker:
+        broker.create_topics(
+            [
+                spec if spec.name != topics.drift_state else TopicSpec(spec.name, 2, compacted=True)
+                for spec in topics.layout(3)
+            ]
+        )
+        with closing(broker.join(group, "one")) as session, pytest.raises(Fatal, match=r"has 2 partitions .* has 3"):
+            session.poll(0.1, 1)
+
+
+def test_missing_topics_are_named_with_the_command_that_creates_them(
+    kafka_address: str, topics: Topics, group: str
+) -> None:
+    """The operator sees which topics there are not, and what to type."""
+    with closing(KafkaBroker([kafka_address], topics)) as broker:
+        session = broker.join(group, "one")
+        with closing(session), pytest.raises(Fatal, match=rf"{topics.drift_state}.*`earshot-worker topics`"):
+            session.poll(0.1, 1)
+        with pytest.raises(Fatal, match=r"`earshot-worker topics`"):
+            broker.follow([topics.drift_events], from_beginning=True)
+
+
+def test_a_name_that_kafka_does_not_take_is_fatal(broker: KafkaBroker, group: str) -> None:
+    """An instance named after a host and a port would be refused by the cluster, in words of its own."""
+    with pytest.raises(Fatal, match="--instance is 'host:1'"):
+        broker.join(group, "host:1")
+
+
+def test_a_message_that_is_too_large_is_fatal(broker: KafkaBroker, topics: Topics) -> None:
+    """It would be too large again in the next session."""
+    noise = random.Random(0).randbytes(2_000_000)
+    with pytest.raises(Fatal, match="MessageSizeTooLarge"):
+        broker.publish([Message(topics.audio_dlq, b"source", noise)])
+    broker.publish([Message(topics.audio_dlq, b"source", b"small")])
+    assert [b"small"] == [record.value for record in committed(broker, topics.audio_dlq)]
+
+
+def test_an_outage_is_noticed_and_survived(
+    tmp_path: Path, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is killed fails whatever needs it, with its address; its restart serves the next session."""
+    try:
+        jars = apache_kafka.fetch()
+    except apache_kafka.Unavailable as why:
+        missing(str(why))
+    with apache_kafka.ApacheKafka(jars, tmp_path) as kafka, closing(KafkaBroker([kafka.address], topics)) as patient:
+        patient.create_topics(topics.layout(PARTITIONS))
+        patient.publish(sounds(topics, PARTITIONS))
+        for bound in ("CONNECT_TIMEOUT", "REQUEST_TIMEOUT", "SILENCE"):
+            monkeypatch.setattr(broker_kafka, bound, 1.0)
+        for bound in ("INIT_TIMEOUT", "DELIVERY_TIMEOUT"):
+            monkeypatch.setattr(broker_kafka, bound, 2.0)
+        with closing(KafkaBroker([kafka.address], topics)) as hasty:
+            with closing(hasty.join(group, "one")) as session:
+                records = poll_for(session, PARTITIONS)
+                kafka.kill()
+                with pytest.raises(Retryable, match=kafka.address):
+                    wait_for(lambda: bool(session.poll(0.2, 1).revoked))
+                with pytest.raises(Retryable, match=kafka.address):
+                    process(session, topics, records)
+            with pytest.raises(Retryable, match=kafka.address):
+                hasty.join(group, "one")
+            with pytest.raises(Retryable, match=kafka.address):
+                hasty.publish(sounds(topics, 1))
+        monkeypatch.undo()
+        kafka.start()
+        with closing(patient.join(group, "one")) as session:
+            process(session, topics, poll_for(session, PARTITIONS))
+        assert PARTITIONS == len(committed(patient, topics.predictions_out))
