@@ -7,6 +7,7 @@ way to recover, so it is the one that is tested.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -24,9 +25,13 @@ FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 15.0
 """Seconds between sessions at the most, so that the end of an outage is noticed soon."""
 
+SETTLED: Final = 15.0
+"""Seconds from which on an idle session is a healthy one. Joining takes a few, and a session that
+fails as soon as it has something to commit must not look healthy because it could join."""
+
 
 class GaveUp(Retryable):
-    """The broker has failed for longer than the operator wants to wait."""
+    """Session after session has failed for longer than the operator wants to wait."""
 
 
 class Service:
@@ -56,28 +61,29 @@ class Service:
         self._stop = stop
         self._log = log
         self._clock = clock
-        self._last_advance = clock()
+        self._last_advance = -math.inf
 
     def run(self) -> None:
         """Serve until told to stop; then finish the batch in hand, leave the group and return.
 
         Raises:
-            GaveUp: no poll has succeeded for the stated time.
+            GaveUp: sessions have failed for the stated time, and none has committed or settled.
             Fatal: going on cannot help.
         """
         pause = FIRST_PAUSE
-        self._last_advance = self._clock()
+        failing_since = self._clock()
         while not self._stop.is_set():
             joined = self._clock()
             try:
                 with closing(self._broker.join(self._group, self._instance)) as session:
                     self._serve(session)
             except Retryable as error:
-                if self._last_advance > joined:
-                    pause = FIRST_PAUSE
-                waited = self._clock() - self._last_advance
-                if waited > self._give_up_seconds:
-                    raise GaveUp(f"gave up after {waited:.0f} s without the broker: {error}") from error
+                now = self._clock()
+                if self._last_advance >= joined:
+                    pause, failing_since = FIRST_PAUSE, now
+                failing = now - failing_since
+                if failing > self._give_up_seconds:
+                    raise GaveUp(f"gave up after {failing:.0f} s without the broker: {error}") from error
                 self._log.warning("session.lost", why=str(error), next_try_seconds=pause)
                 self._stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -85,27 +91,31 @@ class Service:
 
     def _serve(self, session: Session) -> None:
         states: States = {}
+        settled = self._clock() + SETTLED
         while not self._stop.is_set():
             records, assigned, revoked = session.poll(self._poll_seconds, self._max_batch_records)
-            self._last_advance = self._clock()
+            started = self._clock()
             if assigned or revoked:
                 for key in [key for key in states if key[0] in revoked]:
                     del states[key]
                 self._restore(session, states, assigned)
                 self._log.info("assigned", new=sorted(assigned), gone=sorted(revoked), sources=len(states))
             if not records:
+                if started >= settled:
+                    self._last_advance = started
                 continue
             batch = self._pipeline.run(states, records)
             with session.transaction() as transaction:
                 transaction.send(batch.outputs)
                 transaction.commit_offsets(batch.offsets)
+            self._last_advance = self._clock()
             self._log.info(
                 "committed",
                 records=len(records),
                 predictions=batch.predictions,
                 rejections=batch.rejections,
                 drifts=batch.drifts,
-                seconds=round(self._clock() - self._last_advance, 4),
+                seconds=round(self._last_advance - started, 4),
             )
 
     def _restore(self, session: Session, states: States, partitions: frozenset[int]) -> None:
