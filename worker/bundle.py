@@ -198,10 +198,11 @@ def load(path: Path) -> Bundle:
     try:
         profile = msgspec.json.decode(contents[PROFILE], type=ReferenceProfile)
         identity = ModelId(manifest.name, manifest.created.strftime("%Y%m%dT%H%M%SZ"), hashlib.sha256(raw).hexdigest())
-        bundle = Bundle(manifest, identity, featurizer, Forest.from_sklearn(forest), profile)
-        expected = signal_names(manifest.classes, manifest.watched)
-        if profile.names != expected:
-            raise ValueError(f"{PROFILE} has the signals {profile.names}, expected {expected}")
+        flat = Forest.from_sklearn(forest)
+        _expect(f"the classes of {FOREST}", flat.classes or (), manifest.classes)
+        _expect(f"the features of {FOREST}", flat.n_features, len(featurizer.feature_names))
+        _expect(f"the signals of {PROFILE}", profile.names, signal_names(manifest.classes, manifest.watched))
+        bundle = Bundle(manifest, identity, featurizer, flat, profile)
     except (ValueError, msgspec.MsgspecError) as error:
         raise BadModel(f"the parts of {path} do not fit each other: {error}") from error
     _replay(path, bundle, contents[GOLDEN])
@@ -239,6 +240,11 @@ def _unpickle(path: Path, name: str, contents: dict[str, bytes]) -> Any:
         return joblib.load(io.BytesIO(contents[name]))
     except Exception as error:
         raise BadModel(f"{path / name} cannot be unpickled: {type(error).__name__}: {error}") from error
+
+
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"{what} are {found}, expected {expected}")
 
 
 def _replay(path: Path, bundle: Bundle, packed: bytes) -> None:

@@ -1,0 +1,39 @@
+"""`make demo`, and the same chain of commands on real recordings and on Apache Kafka."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.system import demo
+
+
+def test_the_demo_shows_what_it_promises(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Simulated machines on the embedded broker: every chunk answered once, one drift event, status 0."""
+    status = demo.main(["--work", str(tmp_path / "demo"), "--broker", f"sqlite:///{tmp_path / 'demo' / 'earshot.db'}"])
+    printed = capfd.readouterr().out
+    assert 0 == status, printed
+    assert "540 chunks in, 540 predictions and 0 rejections out" in printed
+    assert "drift of mic-1" in printed
+
+
+def test_the_demo_runs_on_real_recordings_and_apache_kafka(
+    kafka_address: str, esc10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ESC-10 through a real broker ends in the same way."""
+    monkeypatch.setenv("EARSHOT_TOPIC_PREFIX", f"{uuid.uuid4()}.")
+    status = demo.main([str(esc10), "--work", str(tmp_path / "demo"), "--broker", f"kafka://{kafka_address}"])
+    printed = capfd.readouterr().out
+    assert 0 == status, printed
+    assert "dog_bark" in printed
+    assert "drift of mic-1" in printed
+
+
+def test_the_demo_fails_when_something_does_not_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no microphone covered there is no drift event, and the demo says so and ends with status 1."""
+    monkeypatch.setattr(demo, "DEGRADATION", "gain:0")
+    monkeypatch.setattr(demo, "DEADLINE", 25.0)
+    arguments = ["--work", str(tmp_path / "demo"), "--broker", f"sqlite:///{tmp_path / 'demo' / 'earshot.db'}"]
+    assert 1 == demo.main(arguments)
