@@ -318,10 +318,10 @@ class TestBlocks:
 
 
 class TestState:
-    @pytest.mark.parametrize("policy", [DriftPolicy(block_seconds=2.0), EACH_RECORD])
+    @pytest.mark.parametrize("policy", [DriftPolicy(block_seconds=2.0), DriftPolicy(block_seconds=1.0, horizon=60)])
     def test_restored_after_every_update(self, policy: DriftPolicy) -> None:
         """A state that is written and read after every record goes on as one that never was."""
-        series, seconds = eventful(0, 500)
+        series, seconds = eventful(1, 500)
         whole = SourceState(profile(6), policy)
         restored = SourceState(profile(6), policy)
         events = 0
@@ -340,7 +340,7 @@ class TestState:
     @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 800), max_size=8), block=st.sampled_from([1.0, 2.5]))
     def test_restored_anywhere(self, seed: int, cuts: list[int], block: float) -> None:
         """However often and wherever it is stopped, the same shifts come at the same records, and the same bytes."""
-        policy = DriftPolicy(block_seconds=block, delta=0.05)
+        policy = DriftPolicy(block_seconds=block, delta=0.05, horizon=40)
         series, seconds = eventful(seed, 800)
         whole = SourceState(profile(6), policy)
         expected = feed(whole, series, seconds=seconds)
@@ -353,6 +353,21 @@ class TestState:
 
         assert expected == events
         assert whole.encode() == state.encode()
+
+    def test_an_open_episode_stays_open(self) -> None:
+        """What fires within the horizon of the last firing is the same episode, also if a restart came in between."""
+        policy = DriftPolicy(block_seconds=1.0, horizon=80)
+        series = 0.2 * white(0, 400, 4)
+        for at in (40, 70, 130, 300):
+            series[at:] += 3.0
+        state = SourceState(profile(4), policy)
+        events: Events = []
+        for offset in range(len(series)):
+            state = reopen(state, 4, policy)
+            events += feed(state, series[offset : offset + 1], first=offset)
+
+        assert [40, 300] == [shift.since_offset for _, shift in events]
+        assert [40, 70, 130, 300] == [shift.since_offset for _, shift in watch(series, EACH_RECORD)]
 
     def test_deterministic(self) -> None:
         """Two runs over the same records give the same events and the same bytes."""
@@ -486,10 +501,13 @@ LIVED = lived()
 
 
 def eventful(seed: int, records: int) -> tuple[Vector, list[float]]:
-    """A series with shifts, gaps and records of varying length, long enough to forget blocks."""
+    """A series with shifts, gaps and records of varying length, long enough to forget blocks.
+
+    Of each pair of shifts the second comes while the episode of the first is still open.
+    """
     rng = np.random.default_rng(seed)
     series = autocorrelated(seed, records, 6)
-    for at in range(100, records, 140):
+    for at in [*range(100, records, 200), *range(140, records, 200)]:
         series[at:, rng.permutation(6)[:4]] += rng.choice([-4.0, 4.0])
     series[rng.random(series.shape) < 0.02] = np.nan
     series[rng.random(series.shape) < 0.002] = np.inf
