@@ -1,72 +1,34 @@
 """The only featurizer: windows of sound in, one row of numbers each out.
 
-This module owns what a window is, how it is cut, and every number that is computed from it. The
-trainer pickles a `Featurizer` with its forest and the worker uses that object, so there is no
-second implementation to disagree with. It must not know about models, messages or labels.
+This module owns what a window is, how it is cut, and how its frames become one row. The trainer
+pickles a `Featurizer` with its forest and the worker uses that object, so there is no second
+implementation to disagree with. It must not know about models, messages or labels, or how a
+frame's numbers are computed.
 
-The numbers are librosa 0.11's (McFee et al. 2015), window by window: frames are weighted and
-transformed in float64 and rounded to complex64, everything after that is float32, and the clamp
-of ``top_db`` is relative to the loudest band of that window. What librosa computes anew on each
-call (window, filterbank, band edges) is kept. Nothing here calls BLAS, and no operation spans two
-windows, so the bits of a row depend neither on the batch it is in nor on a number of threads.
+A window is a waveform of its own (see `worker.frames`), and no operation spans two windows, so
+the bits of a row depend neither on the batch it is in nor on a number of threads.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple, cast, get_args
+from typing import Any, Final, Literal, get_args
 
-import librosa.filters
-import msgspec
 import numpy as np
-import numpy.typing as npt
-import scipy.fft
-import scipy.ndimage
-import scipy.signal
-import scipy.sparse
 
-Family = Literal[
-    "mel", "mfcc", "delta", "delta2", "centroid", "bandwidth", "rolloff", "flatness", "contrast", "zcr", "rms"
-]
-"""What is computed for every frame: "mel" is the log-mel spectrum in dB, "delta" and "delta2" are
-the MFCCs' slope and curvature, the rest carry librosa's names."""
+from worker.frames import Array, Family, Floats, Frames, FrameSpec, Tables, Waveform, as_float32
 
 Statistic = Literal["mean", "std", "min", "p10", "median", "p90", "max"]
 """How the frames of a window become one number; "std" is the population's, percentiles interpolate."""
 
-Array = Any  # numpy's stubs lose an array's type in arithmetic
-Floats = npt.NDArray[np.float32]
-Waveform = npt.NDArray[np.float32] | npt.NDArray[np.int16]
-
-AMIN: Final = 1e-10  # librosa's floor under a power before its logarithm
-ROLLOFF: Final = 0.85  # librosa's share of the magnitude below the roll-off frequency
-ZERO: Final = 1e-10  # librosa's amplitude up to which a sample counts as zero, hence as positive
-TINY: Final = np.finfo(np.float32).tiny  # librosa normalises a spectrum only if it sums to this much
-
-CONTRAST_FMIN: Final = 200.0  # Hz, the top of librosa's lowest contrast band; each further band is an octave
-CONTRAST_BANDS: Final = 6  # octaves above CONTRAST_FMIN, as far as they start below Nyquist
-CONTRAST_QUANTILE: Final = 0.02  # the share of a band's bins that make its peak and its valley
-CONTRAST_TOP_DB: Final = 80.0
-
-# Least-squares slope and curvature over nine frames (Savitzky and Golay 1964, orders 1 and 2).
-_STEPS = np.arange(-4, 5)
-SLOPE: Final = _STEPS / 60
-CURVATURE: Final = (3 * _STEPS**2 - 20) / 462
-
-# A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
-LIMIT: Final = float(2**20)
-
 QUANTILES: Final[dict[str, float]] = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 
 
-class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FeatureSpec(FrameSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides a feature's value; equal specs give equal bits.
 
-    Lengths are in samples at ``sample_rate`` (Hz) unless they say seconds; ``fmin`` and ``fmax``
-    are in Hz, and ``fmax`` None means Nyquist; ``top_db`` None means no clamp. ``center`` puts
-    frame t around sample t * hop_length, with zeros beyond both ends; otherwise it starts there.
+    To what decides a frame's numbers it adds the windows, their length and the distance between
+    their starts in seconds, and what is computed in them.
 
     The defaults are 146 features, from which a forest of 100 trees names 87 % of ESC-10's clips
     (its five folds, the windows' probabilities averaged). More statistics did not name more, and
@@ -76,40 +38,15 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ValueError: a setting makes no sense, or does not agree with another one.
     """
 
-    sample_rate: int = 16000
-    n_fft: int = 1024
-    hop_length: int = 512
-    win_length: int = 1024
-    window: Literal["hann"] = "hann"
-    center: bool = True
-    n_mels: int = 40
-    fmin: float = 0.0
-    fmax: float | None = None
-    n_mfcc: int = 20
-    top_db: float | None = 80.0
     window_seconds: float = 1.0
     window_hop_seconds: float = 0.5
     families: tuple[Family, ...] = get_args(Family)[1:]  # without "mel", which the MFCCs carry already
     statistics: tuple[Statistic, ...] = ("mean", "std")
 
-    def __post_init__(self) -> None:
-        nyquist, seconds = self.sample_rate / 2, self.window_seconds
-        top = nyquist if self.fmax is None else self.fmax
-        for setting, holds, expected in (
-            ("sample_rate", self.sample_rate >= 1, "at least 1 Hz"),
-            ("n_fft", self.n_fft >= 2, "at least 2 samples"),
-            ("win_length", 1 <= self.win_length <= self.n_fft, f"1 to n_fft, which is {self.n_fft}"),
-            (
-                "hop_length",
-                1 <= self.hop_length <= self.win_length,
-                f"1 to win_length, which is {self.win_length}: a longer hop leaves samples unheard in between",
-            ),
-            ("window", self.window == "hann", "'hann'"),
-            ("fmax", 0 < top <= nyquist, f"at most half of sample_rate, which is {nyquist:g} Hz, or none for that"),
-            ("fmin", 0 <= self.fmin < top, f"0 to less than fmax, which is {top:g} Hz"),
-            ("n_mels", self.n_mels >= 1, "at least 1"),
-            ("n_mfcc", 1 <= self.n_mfcc <= self.n_mels, f"1 to n_mels, which is {self.n_mels}"),
-            ("top_db", self.top_db is None or 0 < self.top_db < np.inf, "more than 0 dB, or none for no clamp"),
+    def _checks(self) -> tuple[tuple[str, bool, str], ...]:
+        seconds = self.window_seconds
+        return (
+            *super()._checks(),
             (
                 "window_seconds",
                 self.n_fft <= seconds * self.sample_rate < np.inf,
@@ -122,9 +59,7 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ),
             ("families", _are_names(self.families, Family), f"each once, one or more of {get_args(Family)}"),
             ("statistics", _are_names(self.statistics, Statistic), f"each once, one or more of {get_args(Statistic)}"),
-        ):
-            if not holds:
-                raise ValueError(f"{setting} is {getattr(self, setting)!r}; expected {expected}")
+        )
 
     @property
     def window_samples(self) -> int:
@@ -155,7 +90,7 @@ class Featurizer:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
-        self._tables = _Tables.of(spec)
+        self._tables = Tables.of(spec, spec.families)
         cepstral = dict.fromkeys(("mfcc", "delta", "delta2"), spec.n_mfcc)
         bands = {"mel": spec.n_mels, **cepstral, "contrast": len(self._tables.contrast)}
         rows = [
@@ -176,7 +111,7 @@ class Featurizer:
         every ``window_hop_seconds``, and once more at its very end if that leaves a tail: every
         sample is heard, and nothing is padded.
         """
-        samples = _as_float32(waveform)
+        samples = as_float32(waveform)
         length = self.spec.window_samples
         if samples.size <= length:
             window = np.zeros((1, length), dtype=np.float32)
@@ -196,7 +131,7 @@ class Featurizer:
             )
         features = np.empty((len(windows), len(self.feature_names)), dtype=np.float32)
         for row, window in zip(features, windows, strict=True):
-            frames = _Frames(window, self.spec, self._tables)
+            frames = Frames(window, self.spec, self._tables)
             rows = np.concatenate([frames[family] for family in self.spec.families])
             row[:] = _summarize(rows, self.spec.statistics).ravel()
         return features
@@ -207,148 +142,8 @@ class Featurizer:
         Beside the spec's families there are "stft" (magnitude), "mel_power" and "mel". Without
         ``center``, a waveform shorter than n_fft is filled up with zeros at its end.
         """
-        frames = _Frames(waveform, self.spec, self._tables)
+        frames = Frames(waveform, self.spec, self._tables)
         return {name: frames[name] for name in ("stft", "mel_power", "mel", *self.spec.families)}
-
-
-class _Tables(NamedTuple):
-    """What a spec fixes and librosa would compute on every call."""
-
-    window: Array  # (n_fft,)
-    mel: Array  # CSR (n_mels, bins): at most two filters overlap, so 2 % of a dense product's work
-    frequencies: Array  # (bins, 1), Hz
-    contrast: tuple[tuple[slice, int], ...]  # the bins of each band, and how many make its peak
-
-    @classmethod
-    def of(cls, spec: FeatureSpec) -> _Tables:
-        left = (spec.n_fft - spec.win_length) // 2
-        window = np.zeros(spec.n_fft)
-        window[left : left + spec.win_length] = scipy.signal.get_window(spec.window, spec.win_length, fftbins=True)
-        frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
-        return cls(window, _mel_filters(spec), frequencies[:, np.newaxis], _contrast_bands(spec, frequencies))
-
-
-class _Frames:
-    """The frames of one waveform; each array is computed when it is first asked for."""
-
-    def __init__(self, waveform: Waveform, spec: FeatureSpec, tables: _Tables) -> None:
-        self._spec = spec
-        self._tables = tables
-        samples = _as_float32(waveform)
-        self._margin = spec.n_fft // 2 if spec.center else 0
-        padded = np.zeros(max(samples.size + 2 * self._margin, spec.n_fft), dtype=np.float32)
-        self._samples = padded[self._margin : self._margin + samples.size]
-        np.clip(samples, -LIMIT, LIMIT, out=self._samples)
-        self._framed = np.lib.stride_tricks.sliding_window_view(padded, spec.n_fft)[:: spec.hop_length]
-
-    def __getitem__(self, name: str) -> Floats:
-        rows: Floats = np.atleast_2d(getattr(self, name)).astype(np.float32, copy=False)
-        return rows
-
-    @cached_property
-    def stft(self) -> Array:
-        spectrum = scipy.fft.rfft(self._framed * self._tables.window, axis=-1)
-        return np.abs(spectrum.T.astype(np.complex64, order="C"))
-
-    @cached_property
-    def power(self) -> Array:
-        return np.square(self.stft)
-
-    @cached_property
-    def mel_power(self) -> Array:
-        return self._tables.mel @ self.power
-
-    @cached_property
-    def mel(self) -> Array:
-        return _to_db(self.mel_power, self._spec.top_db)
-
-    @cached_property
-    def mfcc(self) -> Array:
-        return scipy.fft.dct(self.mel, axis=0, type=2, norm="ortho")[: self._spec.n_mfcc]
-
-    @cached_property
-    def delta(self) -> Array:
-        return _savgol(self.mfcc, SLOPE)
-
-    @cached_property
-    def delta2(self) -> Array:
-        return _savgol(self.mfcc, CURVATURE)
-
-    @cached_property
-    def _total(self) -> Array:
-        total = np.sum(self.stft, axis=0, dtype=np.float64)
-        return np.where(total < TINY, 1.0, total)
-
-    @cached_property
-    def centroid(self) -> Array:
-        return np.sum(self._tables.frequencies * self.stft, axis=0) / self._total
-
-    @cached_property
-    def bandwidth(self) -> Array:
-        deviation = np.square(self._tables.frequencies - self.centroid)
-        return np.sqrt(np.sum(deviation * self.stft, axis=0) / self._total)
-
-    @cached_property
-    def rolloff(self) -> Array:
-        below = np.cumsum(self.stft, axis=0)
-        return self._tables.frequencies[np.argmax(below >= ROLLOFF * below[-1], axis=0), 0]
-
-    @cached_property
-    def flatness(self) -> Array:
-        power = np.maximum(self.power, AMIN)
-        return np.exp(np.mean(np.log(power), axis=0, dtype=np.float64)) / np.mean(power, axis=0, dtype=np.float64)
-
-    @cached_property
-    def contrast(self) -> Array:
-        valleys, peaks = [], []
-        for bins, count in self._tables.contrast:
-            ordered = np.sort(self.stft[bins], axis=0)
-            valleys.append(np.sum(ordered[:count], axis=0, dtype=np.float64) / count)
-            peaks.append(np.sum(ordered[-count:], axis=0, dtype=np.float64) / count)
-        return _to_db(np.array(peaks), CONTRAST_TOP_DB) - _to_db(np.array(valleys), CONTRAST_TOP_DB)
-
-    @cached_property
-    def zcr(self) -> Array:
-        # Padding repeats the outer samples, so no frame crosses zero beyond them.
-        negative = self._samples < -ZERO
-        crossings = np.zeros(negative.size, dtype=np.int64)
-        np.cumsum(negative[1:] != negative[:-1], out=crossings[1:])
-        first = np.arange(len(self._framed)) * self._spec.hop_length - self._margin
-        edges = np.clip([first, first + self._spec.n_fft - 1], 0, negative.size - 1)
-        return (crossings[edges[1]] - crossings[edges[0]]) / self._spec.n_fft
-
-    @cached_property
-    def rms(self) -> Array:
-        return np.sqrt(np.mean(np.square(self._framed), axis=-1))
-
-
-def _as_float32(waveform: Waveform) -> Floats:
-    if waveform.ndim != 1 or waveform.size == 0:
-        raise ValueError(f"a waveform has shape {waveform.shape}; expected (samples,) with at least one sample")
-    if waveform.dtype == np.float32:
-        return cast("Floats", waveform)
-    if waveform.dtype == np.int16:
-        return np.multiply(waveform, np.float32(1 / 32768), dtype=np.float32)
-    raise TypeError(f"a waveform is {waveform.dtype}; expected float32 with full scale at 1.0, or int16")
-
-
-def _to_db(power: Array, top_db: float | None) -> Array:
-    db = 10.0 * np.log10(np.maximum(AMIN, power))
-    return db if top_db is None else np.maximum(db, db.max() - top_db)
-
-
-def _savgol(rows: Floats, kernel: Array) -> Floats:
-    """Differentiate along the frames as ``librosa.feature.delta`` does.
-
-    Its "interp" mode fits a polynomial to the outer nine frames. The derivative taken is the
-    polynomial's highest, so it is the same for all nine. With fewer frames, mode "nearest".
-    """
-    derivative: Floats = scipy.ndimage.correlate1d(rows, kernel, axis=-1, mode="nearest")
-    reach = len(kernel) // 2
-    if rows.shape[-1] >= len(kernel):
-        derivative[:, :reach] = derivative[:, reach, np.newaxis]
-        derivative[:, -reach:] = derivative[:, -reach - 1, np.newaxis]
-    return derivative
 
 
 def _summarize(rows: Floats, statistics: Iterable[Statistic]) -> Array:
@@ -366,34 +161,6 @@ def _summarize(rows: Floats, statistics: Iterable[Statistic]) -> Array:
             below, above = ordered[:, int(low)], ordered[:, int(np.ceil(low + between))]
             columns.append(below + between * (above - below))
     return np.stack(columns, axis=-1)
-
-
-def _mel_filters(spec: FeatureSpec) -> Array:
-    with warnings.catch_warnings(record=True):  # librosa warns of what is an error here
-        filters = librosa.filters.mel(
-            sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax
-        )
-    empty = np.count_nonzero(filters.max(axis=-1) == 0)
-    if empty:
-        raise ValueError(
-            f"n_mels is {spec.n_mels}, but {empty} of these filters lie between two bins of n_fft {spec.n_fft}; "
-            "expected fewer, or a larger n_fft"
-        )
-    return scipy.sparse.csr_array(filters)
-
-
-def _contrast_bands(spec: FeatureSpec, frequencies: Array) -> tuple[tuple[slice, int], ...]:
-    """Return librosa's sub-bands: below 200 Hz, octaves above, the last one up to Nyquist."""
-    octaves = CONTRAST_FMIN * 2.0 ** np.arange(CONTRAST_BANDS)
-    edges = np.array([0.0, *octaves[octaves < spec.sample_rate / 2]])
-    starts = np.searchsorted(frequencies, edges)
-    stops = np.append(np.searchsorted(frequencies, edges[1:], side="right"), len(frequencies))
-    starts[1:] -= 1  # a band reaches one bin down into its neighbour …
-    counts = np.maximum(1, np.rint(CONTRAST_QUANTILE * (stops - starts))).astype(int)
-    stops[:-1] -= 1  # … and what both contain belongs to the higher one
-    if "contrast" in spec.families and np.any(stops <= starts):
-        raise ValueError(f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more")
-    return tuple((slice(int(i), int(j)), int(count)) for i, j, count in zip(starts, stops, counts, strict=True))
 
 
 def _are_names(names: tuple[str, ...], known: Any) -> bool:

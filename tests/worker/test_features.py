@@ -19,7 +19,8 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.features import LIMIT, Family, FeatureSpec, Featurizer, Statistic
+from worker.features import FeatureSpec, Featurizer, Statistic
+from worker.frames import LIMIT, Family
 
 Array = npt.NDArray[Any]
 
