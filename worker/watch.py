@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,13 +20,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
+from worker.board import Board
 from worker.broker import Broker
 from worker.messages import (
     DRIFT_TYPE,
@@ -51,25 +47,8 @@ TEXT_LIMIT: Final = 200
 SIGNALS_SHOWN: Final = 3
 """Signals named for a drift event, the largest shifts first; the others are counted."""
 
-SHARES_SHOWN: Final = 3
-"""Labels whose share is shown for a source, the most frequent first."""
-
-LINES_PER_CHANGE: Final = 8
-"""One drift event is shown for so many lines of terminal, so that the sources keep most of them."""
-
-FRAME_LINES: Final = 5
-"""Lines around the rows: the summary, a blank, two of heading, and the cursor's own."""
-
 REFRESHES: Final = 4
 """Pictures a second: drawing a large one takes 50 ms, and the sound is to have the processor."""
-
-COLUMNS: Final = (
-    (120, {"source": 0, "heard": 7, "last": 0, "confidence": 15, "rejected": 8, "UTC": 8, "drift": 5, "so far": 34}),
-    (76, {"source": 0, "heard": 7, "last": 0, "confidence": 10, "rejected": 8, "UTC": 8, "drift": 5}),
-    (56, {"source": 0, "heard": 7, "last": 0, "conf": 4, "rejected": 8, "drift": 5}),
-    (0, {"source": 0, "last": 0, "conf": 4}),
-)
-"""For terminals of at least so many columns: what is shown of a source, and how wide; 0 shares what is left."""
 
 Style = Literal["live", "plain", "json"]
 
@@ -116,17 +95,6 @@ class _Seen(msgspec.Struct, frozen=True):
     time: str
 
 
-class _Row(msgspec.Struct):
-    """What is known of one source."""
-
-    labels: Counter[str]
-    time: str = ""
-    last: Prediction | None = None
-    heard: int = 0
-    rejected: int = 0
-    changes: int = 0
-
-
 _Show = Callable[[list[_Seen]], bool]
 """Shows a batch, which may be empty; False once nobody reads any more."""
 
@@ -138,7 +106,6 @@ _TYPES: Final[dict[type, str]] = {
     Rejection: "earshot.rejection",
     Unreadable: "earshot.unreadable",
 }
-_REQUESTED: Final = "; retraining requested"
 
 
 def watch(
@@ -161,7 +128,8 @@ def watch(
             ``type`` and ``data``.
         from_beginning: also show what is there already.
         count: end after so many predictions and rejections; None never does.
-        console: where to draw; lines go to its file, which is flushed after each batch.
+        console: where to draw; lines go to its file, which is flushed after each batch, and whose
+            error handler says what becomes of a character that its encoding lacks.
         stop: ends the view within about a second. A reader who closes the pipe ends it too.
 
     Returns:
@@ -173,7 +141,7 @@ def watch(
     """
     tally = Tally()
     followed = (topics.predictions_out, topics.audio_dlq, topics.drift_events)
-    with _view(style, console, tally) as show:
+    with _view(style, console) as show:
         for batch in broker.follow(followed, from_beginning=from_beginning):
             if stop.is_set():
                 break
@@ -236,14 +204,14 @@ def _event(record: Record, topics: Topics) -> Event:
 
 
 @contextmanager
-def _view(style: Style, console: Console, tally: Tally) -> Iterator[_Show]:
+def _view(style: Style, console: Console) -> Iterator[_Show]:
     if style == "live":
-        board = _Board(console, tally)
+        board = Board(console)
         with Live(board.picture(), console=console, refresh_per_second=REFRESHES) as live:
 
             def draw(batch: list[_Seen]) -> bool:
                 for seen in batch:
-                    board.take(seen)
+                    _take(board, seen)
                 live.update(board.picture())
                 return True
 
@@ -251,6 +219,24 @@ def _view(style: Style, console: Console, tally: Tally) -> Iterator[_Show]:
     else:
         line = _plain_line if style == "plain" else _json_line
         yield lambda batch: _write(console, "".join(f"{line(seen)}\n" for seen in batch))
+
+
+def _take(board: Board, seen: _Seen) -> None:
+    event, source, time = seen.event, seen.source, seen.time
+    _, words = _described(event)
+    match event:
+        case Classification():
+            board.classified(source, time, _clean(event.label), event.confidence)
+        case Regression():
+            board.measured(source, time, f"{_measured(event)} {_clean(event.target)}")
+        case Rejection():
+            board.rejected(source, time, " ".join(words.split()))
+        case DriftDetected():
+            board.changed(source, event.since, words)
+        case RetrainRequested():
+            board.requested(source, event.since, f"changed {_since(event.since)}")
+        case Unreadable():
+            board.unreadable(f"{_place(seen.record)}: {words}")
 
 
 def _write(console: Console, text: str) -> bool:
@@ -337,94 +323,3 @@ def _clean(text: str) -> str:
     cut = text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}…"
     line = " ".join(cut.split())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-
-
-class _Board:
-    """The picture of the live view: a row for each source, and below them what has changed."""
-
-    def __init__(self, console: Console, tally: Tally) -> None:
-        self._console = console
-        self._tally = tally
-        self._rows: dict[str, _Row] = {}  # the last heard at the end
-        self._changes: dict[tuple[str, Position], str] = {}  # the last change at the end
-        self._troubles: dict[str, str] = {}  # the last rejection, the last unreadable record
-
-    def take(self, seen: _Seen) -> None:
-        """Take in one record."""
-        event, source = seen.event, seen.source
-        _, words = _described(event)
-        if isinstance(event, Unreadable):
-            self._troubles["unreadable"] = f"{_place(seen.record)}: {words}"
-            return
-        row = self._rows.pop(source, None) or _Row(Counter())
-        self._rows[source] = row
-        match event:
-            case Classification() | Regression():
-                row.heard += 1
-                row.last, row.time = event, seen.time
-                if isinstance(event, Classification):
-                    row.labels[_clean(event.label)] += 1
-            case Rejection():
-                row.rejected += 1
-                row.time = seen.time
-                self._troubles["rejected"] = f"{source or '-'}, {' '.join(words.split())}"
-            case DriftDetected():
-                row.changes += 1
-                self._changes[source, event.since] = f"{source} {words}"
-            case RetrainRequested():
-                known = self._changes.get((source, event.since), f"{source} changed {_since(event.since)}")
-                self._changes[source, event.since] = known.removesuffix(_REQUESTED) + _REQUESTED
-
-    def picture(self) -> Group:
-        """Return everything, no higher than the terminal."""
-        console, tally = self._console, self._tally
-        above = _line(
-            f"predictions {tally.predictions:,}, rejections {tally.rejections:,}, drift events {tally.drift_events:,}, "
-            f"sources {len(self._rows):,}",
-            "bold",
-        )
-        self._changes = dict(list(self._changes.items())[-max(1, console.height // LINES_PER_CHANGE) :])
-        changes = Text("\n".join(self._changes.values()) or "nothing so far")
-        below: list[RenderableType] = [Panel(changes, title="drift", title_align="left", border_style="dim")]
-        below += [_line(f"{kind}: {words}", "dim") for kind, words in self._troubles.items()]
-        room = console.height - FRAME_LINES - sum(len(console.render_lines(part)) for part in below)
-        if len(self._rows) > room:
-            room = max(1, room - 1)
-            below.insert(0, _line(f"{len(self._rows) - room:,} more, heard less recently", "dim"))
-        return Group(above, Text(), _table(sorted(list(self._rows.items())[-room:]), console.width), *below)
-
-
-def _table(rows: list[tuple[str, _Row]], terminal: int) -> Table:
-    """Return a line for each source, in columns that stay where they are while numbers grow."""
-    columns = next(columns for least, columns in COLUMNS if terminal >= least)
-    shared = [name for name, width in columns.items() if not width]
-    left = terminal - sum(columns.values()) - 2 * (len(columns) - 1)
-    columns = columns | dict.fromkeys(shared, max(4, left // len(shared)))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    for name, width in columns.items():
-        justify: Literal["left", "right"] = "right" if name in {"heard", "rejected"} else "left"
-        table.add_column(name, width=width, no_wrap=True, overflow="ellipsis", justify=justify)
-    for source, row in rows:
-        shares = [f"{label} {count / row.heard:.0%}" for label, count in row.labels.most_common(SHARES_SHOWN)]
-        cells: dict[str, RenderableType] = {
-            "source": Text(source or "-", "bold"),
-            "heard": Text(f"{row.heard:,}"),
-            "rejected": Text(f"{row.rejected:,}" if row.rejected else "-", "red" if row.rejected else "dim"),
-            "UTC": Text(row.time[11:]),
-            "drift": Text(f"▲ {row.changes}" if row.changes else "", "yellow"),
-            "so far": Text(", ".join(shares), "dim"),
-        }
-        match row.last:
-            case Classification(label=label, confidence=confidence):
-                cells["last"] = Text(_clean(label))
-                cells["conf"] = Text(f"{confidence:.2f}")
-                bar = round(min(max(confidence, 0), 1) * (columns.get("confidence", 0) - 5))
-                cells["confidence"] = Text.assemble(f"{confidence:.2f} ", ("━" * bar, "cyan"))
-            case Regression(target=target):
-                cells["last"] = Text(f"{_measured(row.last)} {_clean(target)}")
-        table.add_row(*(cells.get(name, "") for name in columns))
-    return table
-
-
-def _line(text: str, style: str) -> Text:
-    return Text(text, style, no_wrap=True, overflow="ellipsis")

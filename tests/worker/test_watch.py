@@ -348,6 +348,33 @@ def test_hostile_text(style: Style) -> None:
         assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("style", ["live", "plain"])
+def test_terminal_without_unicode(style: Style) -> None:
+    """Where the encoding is ASCII, the picture is drawn in ASCII, and only what the wire brings is replaced."""
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", errors="replace")
+    console = Console(file=file, width=140, height=24, force_terminal=style == "live", color_system=None)
+    records = [classified("mic-1", 0), classified("mic-\N{GREEK SMALL LETTER MU}", 1), *drifted("mic-1", 2)]
+
+    watch(
+        FakeBroker(records),
+        TOPICS,
+        style=style,
+        from_beginning=True,
+        count=None,
+        console=console,
+        stop=threading.Event(),
+    )
+
+    file.flush()
+    _, _, text = raw.getvalue().decode("ascii").rpartition("predictions ")  # the last picture, or all lines
+    assert "mic-?" in text
+    assert "?" not in text.replace("mic-?", "").replace("\x1b[?25h", "")  # which shows the cursor
+    if style == "live":
+        assert "0.93 ---------" in line_of(text, "mic-1 ")
+        assert "! 1" in line_of(text, "mic-1 ")
+
+
 @given(st.text(), st.text())
 def test_any_text_is_one_line(source: str, label: str) -> None:
     """Whatever a source and a label are, a prediction is one printable line."""
