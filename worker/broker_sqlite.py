@@ -32,22 +32,13 @@ from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
 from worker.messages import Headers, Message, Record, Topics, TopicSpec
 
-LEASE: Final = 30.0
-"""Seconds until a silent member loses its place: longer than a batch takes, even the first one
-that still compiles; a restarted replica never waits for it, since its name gives it the place."""
+# Seconds. Each says what it is long enough for, or short enough.
+LEASE: Final = 30.0  # until a silent member loses its place: longer than any batch; who has its name need not wait
+BUSY_TIMEOUT: Final = 10.0  # for other writers, who need milliseconds; below LEASE, so that waiting costs no place
+TICK: Final = 0.02  # between two looks for new records: a look costs microseconds, and nobody hears 20 ms
+IDLE: Final = 1.0  # until `follow` says that nothing came
 
-BUSY_TIMEOUT: Final = 10.0
-"""Seconds to wait for another writer. Each one is done in milliseconds, so after this one must be
-stopped or forgotten in a shell; below LEASE, so that waiting alone costs nobody the membership."""
-
-TICK: Final = 0.02
-"""Seconds between two looks for new records: a look costs microseconds, and nobody hears 20 ms."""
-
-IDLE: Final = 1.0
-"""Seconds after which `SqliteBroker.follow` yields an empty list, as the contract asks."""
-
-FOLLOW_RECORDS: Final = 500
-"""Records that `SqliteBroker.follow` yields at most at once: 16 MB of one-second chunks at 16 kHz."""
+FOLLOW_RECORDS: Final = 500  # that `follow` yields at once: 16 MB of one-second chunks at 16 kHz
 
 FORMAT: Final = 0x45615301
 """The ``application_id`` of a file with the tables below; the last byte counts their versions."""
@@ -69,10 +60,7 @@ TABLES: Final = (
 )
 
 _REACTIONS: Final[Mapping[int, tuple[type[EarshotError], str]]] = {
-    sqlite3.SQLITE_BUSY: (
-        Retryable,
-        f"another process kept it locked for {BUSY_TIMEOUT:.0f} s; look for one that is stopped, or for an open shell",
-    ),
+    sqlite3.SQLITE_BUSY: (Retryable, "another process keeps it locked; look for one that is stopped, or for a shell"),
     sqlite3.SQLITE_CANTOPEN: (Fatal, "it cannot be opened; its directory must exist and be writable"),
     sqlite3.SQLITE_READONLY: (Fatal, "it cannot be written; give this user write access to it and to its directory"),
     sqlite3.SQLITE_FULL: (Fatal, "the disk is full; free some space and start again, nothing committed is lost"),
@@ -272,8 +260,8 @@ class _Database:
     def transaction(self) -> Iterator[Callable[..., list[Any]]]:
         """Lend `execute` for a block of statements that are written together or not at all."""
         with self._lock:
-            self.execute("BEGIN IMMEDIATE")
             try:
+                self.execute("BEGIN IMMEDIATE")
                 yield self.execute
                 self.execute("COMMIT")
             finally:
@@ -337,8 +325,8 @@ def _partition(message: Message, topic: TopicSpec) -> int:
         return zlib.crc32(message.key or b"") % topic.partitions
     if not 0 <= message.partition < topic.partitions:
         raise Fatal(
-            f"a message for partition {message.partition} of {topic.name!r}, which has partitions 0 to "
-            f"{topic.partitions - 1}; use one of them, or leave the choice to the key"
+            f"topic {topic.name!r} has no partition {message.partition}, only 0 to {topic.partitions - 1}; "
+            "use one of them, or leave the choice to the key"
         )
     return message.partition
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.contract.conftest import PARTITIONS, Connect
-from worker.broker import Broker, Session
+from worker.broker import Broker, Session, Transaction
 from worker.broker_sqlite import SqliteBroker
 from worker.errors import Fatal, Retryable
 from worker.messages import Message, Record, Topics
@@ -119,7 +119,10 @@ def test_create_topics_refuses_another_number_of_partitions(broker: Broker, topi
 
 def test_poll_without_topics_is_fatal(connect: Connect, topics: Topics, group: str) -> None:
     """A worker whose topics were not created stops and says which, instead of waiting for ever."""
-    with closing(connect(topics).join(group, "one")) as session, pytest.raises(Fatal, match=topics.audio_in):
+    with (
+        pytest.raises(Fatal, match=f"{topics.audio_in}.*earshot-worker topics"),
+        closing(connect(topics).join(group, "one")) as session,
+    ):
         poll_until(session, 1)
 
 
@@ -228,7 +231,8 @@ def test_a_new_member_is_assigned_every_partition_and_reads_from_the_earliest_re
 
 def test_poll_brings_no_more_than_asked_and_returns_in_time(broker: Broker, topics: Topics, group: str) -> None:
     """``max_records`` bounds a batch, ``timeout`` bounds the wait for it."""
-    broker.publish(sounds(topics, *[b"%d" % number for number in range(10)]))
+    for partition in (0, 1):
+        broker.publish(sounds(topics, *[b"%d" % number for number in range(5)], partition=partition))
 
     with closing(broker.join(group, "one")) as session:
         polled: list[Record] = []
@@ -241,7 +245,9 @@ def test_poll_brings_no_more_than_asked_and_returns_in_time(broker: Broker, topi
         assert session.poll(0.3, 4).records == []
         waited = time.monotonic() - started
 
-    assert [b"%d" % number for number in range(10)] == values(polled)
+    for partition in (0, 1):
+        records = [record for record in polled if record.partition == partition]
+        assert values(records) == [b"%d" % number for number in range(5)]
     assert 0.2 < waited < 1.0
 
 
@@ -329,6 +335,53 @@ def test_a_second_session_of_the_same_instance_fences_the_first(
     assert values(follow_until(stream, 1)) == [b"from the second"]
 
 
+def test_a_session_that_was_fenced_while_idle_learns_of_it(
+    broker: Broker, connect: Connect, topics: Topics, group: str
+) -> None:
+    """It hears so from its poll, or at the latest when it wants to commit what the poll brought."""
+    with closing(broker.join(group, "one")) as first:
+        assert poll_until_assigned(first) == ALL
+        with closing(connect(topics).join(group, "one")) as second:
+            assert poll_until_assigned(second) == ALL
+            broker.publish(sounds(topics, b"a"))
+            with pytest.raises(Retryable):
+                commit(first, predictions(topics, b"from the first"), {r.partition: 1 for r in poll_until(first, 1)})
+            assert values(poll_until(second, 1)) == [b"a"]
+
+
+def test_two_members_of_a_group_do_the_work_once(broker: Broker, connect: Connect, topics: Topics, group: str) -> None:
+    """Another instance may share the work or wait for it; it never repeats it, and takes all of it over at the end."""
+    work = [b"%d" % number for number in range(30)]
+    broker.publish(sounds(topics, value, partition=number % PARTITIONS)[0] for number, value in enumerate(work))
+    outputs = broker.follow([topics.predictions_out], from_beginning=True)
+    done: list[bytes | None] = []
+
+    with ExitStack() as stack:
+        sessions = {name: stack.enter_context(closing(connect(topics).join(group, name))) for name in ("one", "two")}
+
+        def work_until(count: int) -> None:
+            deadline = time.monotonic() + PATIENCE
+            while len(done) < count and time.monotonic() < deadline:
+                for name, session in sessions.items():
+                    try:
+                        records = session.poll(0.1, 4).records
+                        if records:
+                            offsets = {record.partition: record.offset + 1 for record in records}
+                            commit(session, [m for r in records for m in predictions(topics, r.value or b"")], offsets)
+                            done.extend(values(records))
+                    except Retryable:
+                        session.close()
+                        sessions[name] = stack.enter_context(closing(broker.join(group, name)))
+
+        work_until(30)
+        sessions.pop("one").close()
+        broker.publish(sounds(topics, b"last 0", partition=0) + sounds(topics, b"last 2", partition=2))
+        work_until(32)
+
+    expected = sorted([*work, b"last 0", b"last 2"])
+    assert expected == sorted(record.value or b"" for record in follow_until(outputs, 32))
+
+
 def test_closing_twice_is_allowed(broker: Broker, group: str) -> None:
     """Whoever cleans up need not know what has been cleaned up already."""
     session = broker.join(group, "one")
@@ -411,8 +464,8 @@ class Story:
         self.random = random.Random(seed)
         self.published = [0] * PARTITIONS
         self.committed = [0] * PARTITIONS
-        self.session = broker.join(group, "one")
-        self.positions = list(self.committed)
+        self.dead: list[tuple[Session, AbstractContextManager[Transaction]]] = []
+        self.join()
 
     def publish(self) -> None:
         for _ in range(self.random.randint(1, 5)):
@@ -443,8 +496,19 @@ class Story:
             interrupt(self.session, self.outputs(records), dict(enumerate(self.positions)))
         self.rejoin()
 
+    def die(self) -> None:
+        """Send a batch, and do nothing more: neither commit nor abort nor close."""
+        records = self.poll()
+        transaction = self.session.transaction()
+        transaction.__enter__().send(self.outputs(records))
+        self.dead.append((self.session, transaction))
+        self.join()
+
     def rejoin(self) -> None:
         self.session.close()
+        self.join()
+
+    def join(self) -> None:
         self.session = self.broker.join(self.group, "one")
         self.positions = list(self.committed)
 
@@ -454,11 +518,11 @@ class Story:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_record_has_one_output_whatever_happens(broker: Broker, topics: Topics, group: str, seed: int) -> None:
-    """Publishing, committing, aborting and joining again in any order yields each output once, in order."""
+    """Publishing, committing, aborting, leaving and dying in any order yields each output once, in order."""
     story = Story(broker, topics, group, seed)
-    steps = 100 if isinstance(broker, SqliteBroker) else 25
-    for step in story.random.choices([story.publish, story.commit, story.abort, story.rejoin], [6, 6, 1, 1], k=steps):
-        step()
+    actions = [story.publish, story.commit, story.abort, story.rejoin, story.die]
+    for action in story.random.choices(actions, weights=[6, 6, 1, 1, 1], k=100):
+        action()
     deadline = time.monotonic() + PATIENCE
     while story.committed != story.published and time.monotonic() < deadline:
         story.commit()
