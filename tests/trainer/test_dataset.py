@@ -1,0 +1,384 @@
+"""Data sets: every layout is understood, mistakes are named, and no recording is on both sides of a split."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.dataset import Clip, Dataset, Skipped, data_hash, load, read_clip, splits, too_many_skipped
+from worker.audio import Limits, waveform
+from worker.errors import BadRecord, Fatal
+
+RATE = 8000
+
+
+def write_sound(path: Path, seed: int = 0, *, rate: int = RATE, channels: int = 1, seconds: float = 0.05) -> Path:
+    """Write a little noise; equal seeds give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (round(rate * seconds), channels))
+    soundfile.write(path, samples, rate)
+    return path
+
+
+def write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def listed(tmp_path: Path, labels: Sequence[str], column: str = "label") -> Path:
+    """Write a manifest with a sound for each of these labels."""
+    rows = []
+    for number, label in enumerate(labels):
+        write_sound(tmp_path / f"{number}.wav", number)
+        rows.append({"filename": f"{number}.wav", column: label})
+    return write_manifest(tmp_path / "manifest.csv", rows)
+
+
+def dataset_of(clips: Sequence[tuple[str, str]], folds: Sequence[str] | None = None) -> Dataset:
+    """Return a data set of (label, group) that lies nowhere."""
+    return Dataset(
+        tuple(
+            Clip(Path(f"{i}.wav"), f"{i}.wav", label, group, folds[i] if folds else None, sha256=str(i))
+            for i, (label, group) in enumerate(clips)
+        ),
+        "label",
+        "classification",
+    )
+
+
+class TestFolders:
+    def test_subfolders_are_the_classes(self, tmp_path: Path) -> None:
+        """Each sound, however deep, is labelled with its top folder and is a group of its own."""
+        write_sound(tmp_path / "cat" / "a.wav", 1)
+        write_sound(tmp_path / "dog" / "b.FLAC", 2)
+        write_sound(tmp_path / "dog" / "deep" / "c.ogg", 3)
+        (tmp_path / "dog" / "notes.txt").write_text("not a sound")
+        (tmp_path / "dog" / "._b.wav").write_text("what macOS leaves on foreign disks")
+        dataset = load(tmp_path)
+        assert ("label", "classification", ()) == (dataset.label, dataset.task, dataset.warnings)
+        assert [("cat/a.wav", "cat"), ("dog/b.FLAC", "dog"), ("dog/deep/c.ogg", "dog")] == [
+            (clip.name, clip.label) for clip in dataset.clips
+        ]
+        assert [clip.name for clip in dataset.clips] == [clip.group for clip in dataset.clips]
+
+    def test_folder_names_are_classes_even_if_they_are_numbers(self, tmp_path: Path) -> None:
+        """A folder per class is classification, unless the task says otherwise."""
+        write_sound(tmp_path / "0.5" / "a.wav", 1)
+        write_sound(tmp_path / "1.5" / "b.wav", 2)
+        assert "classification" == load(tmp_path).task
+        assert "regression" == load(tmp_path, task="regression").task
+
+    def test_folders_have_no_columns(self, tmp_path: Path) -> None:
+        """A column cannot be learnt where there is no manifest."""
+        write_sound(tmp_path / "cat" / "a.wav")
+        with pytest.raises(Fatal, match=r"has no manifest .*no column 'rpm'"):
+            load(tmp_path, label="rpm")
+
+    def test_an_empty_or_missing_folder_is_explained(self, tmp_path: Path) -> None:
+        """The message says what was expected."""
+        with pytest.raises(Fatal, match="holds no clips; expected a folder for each class"):
+            load(tmp_path)
+        with pytest.raises(Fatal, match="nowhere does not exist"):
+            load(tmp_path / "nowhere")
+
+
+class TestManifest:
+    @pytest.mark.parametrize("name", ["manifest.csv", "meta.csv", "metadata.csv", "meta/esc50.csv"])
+    def test_a_manifest_in_the_folder_is_found(self, tmp_path: Path, name: str) -> None:
+        """A folder with a manifest is read by it, whatever else lies there."""
+        write_sound(tmp_path / "audio" / "a.wav")
+        write_manifest(tmp_path / name, [{"filename": "a.wav", "label": "cat"}])
+        assert [(tmp_path / "audio" / "a.wav", "cat")] == [
+            (clip.path.resolve(), clip.label) for clip in load(tmp_path).clips
+        ]
+
+    @pytest.mark.parametrize("column", ["filename", "file", "path"])
+    @pytest.mark.parametrize("place", ["lists/a.wav", "lists/audio/a.wav", "audio/a.wav"])
+    def test_files_are_found_where_data_sets_keep_them(self, tmp_path: Path, column: str, place: str) -> None:
+        """Beside the manifest, in audio/ beside it, or in ../audio."""
+        sound = write_sound(tmp_path / place)
+        manifest = write_manifest(tmp_path / "lists" / "any.csv", [{column: "a.wav", "label": "cat"}])
+        assert sound.samefile(load(manifest).clips[0].path)
+
+    def test_fold_and_group_are_read(self, tmp_path: Path) -> None:
+        """The optional columns are taken as they are, and blanks around a cell are not part of it."""
+        write_sound(tmp_path / "a.wav")
+        write_manifest(tmp_path / "meta.csv", [{"file": "a.wav", " label": " cat ", "fold": "2", "group": "mic-7"}])
+        clip = load(tmp_path).clips[0]
+        assert ("cat", "2", "mic-7") == (clip.label, clip.fold, clip.group)
+
+    def test_without_groups_each_clip_is_its_own(self, tmp_path: Path) -> None:
+        """Nothing is known of what belongs together, so nothing is assumed."""
+        clips = load(listed(tmp_path, ["a", "b", "a"])).clips
+        assert ["0.wav", "1.wav", "2.wav"] == [clip.group for clip in clips]
+        assert {None} == {clip.fold for clip in clips}
+
+    def test_esc50_is_read_as_it_is(self, tmp_path: Path) -> None:
+        """The published table needs no edit: category is the label and src_file the group."""
+        write_sound(tmp_path / "audio" / "1-100032-A-0.wav")
+        row = {"filename": "1-100032-A-0.wav", "fold": "1", "target": "0", "category": "dog", "esc10": "True"}
+        write_manifest(tmp_path / "meta" / "esc50.csv", [row | {"src_file": "100032", "take": "A"}])
+        dataset = load(tmp_path)
+        clip = dataset.clips[0]
+        assert ("category", "classification") == (dataset.label, dataset.task)
+        assert ("dog", "1", "100032") == (clip.label, clip.fold, clip.group)
+
+    def test_a_spreadsheets_byte_order_mark_is_no_part_of_a_name(self, tmp_path: Path) -> None:
+        """What Excel saves as CSV UTF-8 begins with a mark."""
+        write_sound(tmp_path / "a.wav")
+        (tmp_path / "meta.csv").write_text("filename,label\na.wav,Tür\n", encoding="utf-8-sig")
+        assert "Tür" == load(tmp_path).clips[0].label
+
+
+class TestTask:
+    @pytest.mark.parametrize(
+        ("labels", "task"),
+        [
+            (["1", "2", "3"], "classification"),
+            ([str(n) for n in range(20)], "classification"),
+            ([str(n) for n in range(21)], "regression"),
+            (["1", "2", "2.5"], "regression"),
+            (["1.0", "2.0"], "classification"),
+            (["1.5", "loud"], "classification"),
+            (["1.5", "nan"], "classification"),
+        ],
+    )
+    def test_the_task_follows_from_the_labels(self, tmp_path: Path, labels: list[str], task: str) -> None:
+        """Numbers are a quantity if they are not all whole, or of more than 20 values."""
+        assert task == load(listed(tmp_path, labels)).task
+
+    def test_the_task_can_be_stated(self, tmp_path: Path) -> None:
+        """What the user says goes, and the label stays as it was written."""
+        manifest = listed(tmp_path, ["1.50", "2.5"])
+        dataset = load(manifest, task="classification")
+        assert ("classification", "1.50") == (dataset.task, dataset.clips[0].label)
+        assert "regression" == load(manifest).task
+
+    def test_regression_needs_numbers(self, tmp_path: Path) -> None:
+        """The message names the row, the column and the value."""
+        manifest = listed(tmp_path, ["1.5", "inf"], column="rpm")
+        with pytest.raises(Fatal, match=r"manifest\.csv, row 3: rpm is 'inf'; regression expects a finite number"):
+            load(manifest, label="rpm", task="regression")
+
+
+class TestMistakes:
+    def test_an_unknown_column_names_those_there_are(self, tmp_path: Path) -> None:
+        """Somebody who mistyped --label sees the names to choose from."""
+        with pytest.raises(Fatal, match=r"manifest\.csv has no column 'lable' to learn; it has filename, label"):
+            load(listed(tmp_path, ["a"]), label="lable")
+
+    def test_a_manifest_needs_a_column_of_files(self, tmp_path: Path) -> None:
+        """Its possible names are given."""
+        manifest = write_manifest(tmp_path / "meta.csv", [{"wav": "a.wav", "label": "cat"}])
+        with pytest.raises(Fatal, match="none of the columns filename, file, path; it has wav, label"):
+            load(manifest)
+        manifest.write_text("")
+        with pytest.raises(Fatal, match="it has no header"):
+            load(manifest)
+
+    @pytest.mark.parametrize("column", ["filename", "label", "fold", "group"])
+    def test_an_empty_cell_is_named(self, tmp_path: Path, column: str) -> None:
+        """File, row and column: what one needs to find it in a spreadsheet."""
+        write_sound(tmp_path / "a.wav")
+        row = {"filename": "a.wav", "label": "cat", "fold": "1", "group": "x"}
+        write_manifest(tmp_path / "meta.csv", [row, row | {column: " "}])
+        with pytest.raises(Fatal, match=rf"meta\.csv, row 3: the column '{column}' is empty"):
+            load(tmp_path)
+
+    def test_a_short_row_is_named(self, tmp_path: Path) -> None:
+        """A row that ends early has an empty cell."""
+        write_sound(tmp_path / "a.wav")
+        (tmp_path / "meta.csv").write_text("filename,label\na.wav,cat\na.wav\n")
+        with pytest.raises(Fatal, match="row 3: the column 'label' is empty"):
+            load(tmp_path)
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        """With its row, and the places that were searched."""
+        manifest = listed(tmp_path, ["a", "b"])
+        (tmp_path / "1.wav").unlink()
+        with pytest.raises(Fatal, match=r"row 3: there is no file '1\.wav'; looked for .*audio/1\.wav"):
+            load(manifest)
+
+    def test_no_rows_are_no_data(self, tmp_path: Path) -> None:
+        """A header alone is refused."""
+        (tmp_path / "meta.csv").write_text("filename,label\n")
+        with pytest.raises(Fatal, match="lists no clips"):
+            load(tmp_path)
+
+    def test_a_sound_is_no_manifest(self, tmp_path: Path) -> None:
+        """A file that is not text is refused by name."""
+        (tmp_path / "a.wav").write_bytes(b"RIFF\xff\xfe")
+        with pytest.raises(Fatal, match=r"a\.wav cannot be read as CSV in UTF-8"):
+            load(tmp_path / "a.wav")
+
+
+class TestIdenticalFiles:
+    def test_equal_bytes_are_one_group(self, tmp_path: Path) -> None:
+        """A copy under another name is held out with its original, through any chain of groups, and reported."""
+        rows = []
+        for number, (group, seed) in enumerate([("a", 1), ("b", 2), ("c", 3), ("a", 2), ("b", 3), ("d", 4)]):
+            write_sound(tmp_path / f"{number}.wav", seed)
+            rows.append({"filename": f"{number}.wav", "label": "cat", "group": group})
+        dataset = load(write_manifest(tmp_path / "meta.csv", rows))
+        groups = [clip.group for clip in dataset.clips]
+        assert 1 == len(set(groups[:5]))
+        assert groups[5] not in groups[:5]
+        assert (
+            "3.wav has the same bytes as 1.wav; they are held out together",
+            "4.wav has the same bytes as 2.wav; they are held out together",
+        ) == dataset.warnings
+
+    def test_equal_bytes_under_two_labels_are_reported(self, tmp_path: Path) -> None:
+        """One of them must be wrong."""
+        write_sound(tmp_path / "cat" / "a.wav", 1)
+        write_sound(tmp_path / "dog" / "b.wav", 1)
+        assert "dog/b.wav (dog) has the same bytes as cat/a.wav (cat)" == load(tmp_path).warnings[1]
+
+
+class TestSplits:
+    @given(
+        clips=st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdefg")), min_size=2, max_size=40),
+        n_splits=st.integers(2, 6),
+        seed=st.integers(0, 9),
+        task=st.sampled_from(["classification", "regression"]),
+    )
+    def test_no_group_is_on_both_sides(self, clips: list[tuple[str, str]], n_splits: int, seed: int, task: str) -> None:
+        """Whatever the groups: they are held out whole, every clip once, and the same way for a seed."""
+        dataset = msgspec.structs.replace(dataset_of(clips), task=task)
+        groups = np.array([group for _, group in clips])
+        most_common = max(Counter(label for label, _ in clips).values())
+        if len(set(groups)) < 2 or (task == "classification" and most_common < 2):
+            with pytest.raises(Fatal, match="nothing can be held out"):
+                splits(dataset, n_splits, seed)
+            return
+        pairs = splits(dataset, n_splits, seed)
+        assert 2 <= len(pairs) <= n_splits
+        assert list(range(len(clips))) == sorted(int(index) for _, test in pairs for index in test)
+        for train, test in pairs:
+            assert len(clips) == len(np.union1d(train, test))
+            assert set() == set(groups[train]) & set(groups[test])
+        again = splits(dataset, n_splits, seed)
+        assert [test.tolist() for _, test in pairs] == [test.tolist() for _, test in again]
+
+    def test_classes_are_spread_evenly(self) -> None:
+        """With enough groups each fold has its share of each class."""
+        dataset = dataset_of([(label, f"{label}{number}") for label in "xy" for number in range(10)])
+        for _, test in splits(dataset):
+            assert {"x": 2, "y": 2} == Counter(dataset.clips[index].label for index in test)
+
+    def test_official_folds_are_kept(self) -> None:
+        """One split for each fold, in their order; the seed has no say."""
+        clips = [("x", "a"), ("y", "b"), ("x", "c"), ("y", "d"), ("x", "a")]
+        pairs = splits(dataset_of(clips, folds=["2", "1", "3", "1", "2"]), n_splits=5, seed=7)
+        assert [[1, 3], [0, 4], [2]] == [test.tolist() for _, test in pairs]
+        assert [[0, 2, 4], [1, 2, 3], [0, 1, 3, 4]] == [train.tolist() for train, _ in pairs]
+
+    def test_a_group_in_two_folds_is_refused(self) -> None:
+        """The message names both clips and their group."""
+        dataset = dataset_of([("x", "a"), ("y", "b"), ("x", "a")], folds=["1", "2", "2"])
+        with pytest.raises(Fatal, match=r"0\.wav is in fold 1 and 2\.wav in fold 2, but both are of group 'a'"):
+            splits(dataset)
+
+    def test_one_fold_holds_nothing_out(self) -> None:
+        """There is nothing to train on."""
+        with pytest.raises(Fatal, match="all clips are in fold 1"):
+            splits(dataset_of([("x", "a"), ("y", "b")], folds=["1", "1"]))
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("name", "rate", "channels"),
+        [("a.wav", 44100, 2), ("a.flac", 8000, 1), ("a.ogg", 48000, 1), ("a.aiff", 22050, 3), ("a.mp3", 16000, 1)],
+    )
+    def test_any_format_becomes_mono_at_the_asked_rate(
+        self, tmp_path: Path, name: str, rate: int, channels: int
+    ) -> None:
+        """A quarter of a second stays one, whatever it was recorded as."""
+        samples = read_clip(write_sound(tmp_path / name, rate=rate, channels=channels, seconds=0.25), 16_000)
+        assert ("float32", 1) == (samples.dtype.name, samples.ndim)
+        assert pytest.approx(4000, abs=1) == samples.size
+        assert 0.02 < np.sqrt(np.mean(samples**2)) < 0.5
+
+    def test_what_is_trained_is_what_is_served(self, tmp_path: Path) -> None:
+        """The same bits come out of a file here and out of a record in the worker."""
+        path = write_sound(tmp_path / "a.wav", rate=44_100, channels=2, seconds=0.3)
+        served = waveform(path.read_bytes(), "audio/wav", 16_000, Limits())
+        assert np.array_equal(served.samples, read_clip(path, 16_000))
+
+    def test_unusable_files_are_bad_records(self, tmp_path: Path) -> None:
+        """Damaged, empty, non-finite and vanished files each have their reason."""
+        damaged = tmp_path / "damaged.flac"
+        damaged.write_bytes(b"fLaC, but not really")
+        empty = write_sound(tmp_path / "empty.wav", seconds=0)
+        infinite = tmp_path / "infinite.wav"
+        soundfile.write(infinite, np.array([0.0, np.inf]), RATE, subtype="FLOAT")
+        reasons = []
+        for path in (damaged, empty, infinite, tmp_path / "gone.wav"):
+            with pytest.raises(BadRecord) as caught:
+                read_clip(path, RATE)
+            reasons.append(caught.value.reason)
+        assert ["undecodable", "empty", "non-finite", "undecodable"] == reasons
+
+    def test_a_few_bad_clips_are_borne(self) -> None:
+        """Up to a tenth may be skipped; more is a mistake in the data set, told with examples."""
+        skipped = [Skipped(Path(f"{number}.wav"), "cut off") for number in range(11)]
+        too_many_skipped(skipped[:10], 100)
+        with pytest.raises(Fatal, match=r"11 of 100 clips are unusable, more than 10%.*0\.wav: cut off; 1\.wav"):
+            too_many_skipped(skipped, 100)
+
+
+class TestHash:
+    def test_the_hash_is_of_the_data_not_of_the_place(self, tmp_path: Path) -> None:
+        """A copy elsewhere, listed in another order, has the same hash."""
+        for folder, order in (("here", 1), ("there", -1)):
+            rows = []
+            for number in range(3)[::order]:
+                write_sound(tmp_path / folder / f"{number}.wav", number)
+                rows.append({"filename": f"{number}.wav", "label": "cat"})
+            write_manifest(tmp_path / folder / "meta.csv", rows)
+        assert data_hash(load(tmp_path / "here")) == data_hash(load(tmp_path / "there"))
+
+    @pytest.mark.parametrize("change", ["name", "label", "group", "fold", "sha256"])
+    def test_everything_that_is_learnt_from_counts(self, change: str) -> None:
+        """A renamed, relabelled, regrouped or altered clip is other data."""
+        dataset = dataset_of([("x", "a"), ("y", "b")], folds=["1", "2"])
+        altered = msgspec.structs.replace(dataset.clips[0], **{change: "other"})
+        assert data_hash(dataset) != data_hash(msgspec.structs.replace(dataset, clips=(altered, dataset.clips[1])))
+
+
+class TestRealRecordings:
+    def test_esc10(self, esc10: Path) -> None:
+        """All 400 clips are found, and the official folds split them without a leak."""
+        dataset = load(esc10)
+        assert ("classification", 400, ()) == (dataset.task, len(dataset.clips), dataset.warnings)
+        assert {40} == set(Counter(clip.label for clip in dataset.clips).values())
+        groups = np.array([clip.group for clip in dataset.clips])
+        pairs = splits(dataset)
+        assert [80] * 5 == [len(test) for _, test in pairs]
+        for train, test in pairs:
+            assert set() == set(groups[train]) & set(groups[test])
+        assert pytest.approx(5 * 16_000, rel=0.001) == read_clip(dataset.clips[0].path, 16_000).size
+
+    def test_notes(self, notes: Path) -> None:
+        """The pitch is recognised as a quantity, and whole instrument libraries are held out."""
+        dataset = load(notes, label="midi_pitch")
+        assert ("regression", "midi_pitch", 313) == (dataset.task, dataset.label, len(dataset.clips))
+        groups = np.array([clip.group for clip in dataset.clips])
+        pairs = splits(dataset)
+        assert 5 == len(pairs)
+        for train, test in pairs:
+            assert set() == set(groups[train]) & set(groups[test])
+        assert 24_000 == read_clip(dataset.clips[0].path, 16_000).size
