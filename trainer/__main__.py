@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "earshot-trainer fit clips --label label --out bundle",
     )
     fit.add_argument("data", type=Path, metavar="DATA", help="a folder with a folder per class, or with a CSV manifest")
-    fit.add_argument("--label", metavar="COLUMN", help="the column of the manifest to predict (label)")
+    fit.add_argument("--label", default="label", metavar="COLUMN", help="the column to predict (%(default)s)")
     fit.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder of the bundle")
     fit.add_argument("--task", choices=("classification", "regression"), help="what a numeric label leaves open")
     fit.add_argument("--name", help="what predictions call the model (the name of the bundle's folder)")

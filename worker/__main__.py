@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ EXIT_KILLED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks must not end a command
+        sys.stdout.reconfigure(errors="replace")
     own = vars(parser().parse_args(argv))
     command = COMMANDS[own.pop("command")]
     settings = {name: own.pop(name) for name in SETTINGS if name in own}

@@ -37,7 +37,7 @@ from worker.profile import ReferenceProfile, Vector
 STATE_VERSION: Final = 1
 
 MAX_BLOCKS: Final = 128
-"""Block means a source remembers: bounds a state at a few kilobytes. On reaching it the older half
+"""Block means a source remembers: bounds a state at 13 kB for 20 signals. On reaching it the older half
 is forgotten, by the detectors as well."""
 
 MIN_WINDOW: Final = 5

@@ -28,8 +28,8 @@ import soundfile
 
 WORK: Final = Path("build/demo")
 SOURCE: Final = "mic-1"
-CLEAN_SECONDS: Final = 300
-DEGRADED_SECONDS: Final = 240
+CLEAN_SECONDS: Final = 400
+DEGRADED_SECONDS: Final = 300
 DEGRADATION: Final = f"lowpass:1000@{CLEAN_SECONDS}s"
 DEADLINE: Final = 120.0
 """Seconds that the worker may take for the stream; it takes a few."""
@@ -73,7 +73,7 @@ def demonstrate(data: Path | None, label: str | None, broker: str, work: Path) -
         data = work / "clips"
         run("earshot-trainer", "simulate", data)
         live = work / "live"
-        run("earshot-trainer", "simulate", live, "--seed", "1", "--clips", "144")
+        run("earshot-trainer", "simulate", live, "--seed", "1", "--clips", "180")
     else:
         title(f"1. Your clips in {data} (the stream below is made of clips that the model has seen)")
         live = data
@@ -81,7 +81,7 @@ def demonstrate(data: Path | None, label: str | None, broker: str, work: Path) -
     title("2. Train: the forest, and what it is worth on machines or recordings it has not heard")
     run("earshot-trainer", "fit", data, "--out", bundle, *(["--label", label] if label else []))
 
-    title("3. Serve: a worker, and a microphone that is covered after five minutes of sound")
+    title(f"3. Serve: a worker, and a microphone that is covered after {CLEAN_SECONDS} seconds of sound")
     at = ["--broker", broker]
     run("earshot-worker", "topics", *at)
     with worker(work, "run", "--model", bundle, *at):
@@ -118,20 +118,24 @@ def follow(at: Sequence[str], *, chunks: int) -> dict[str, list[Any]]:
 
 def report(chunks: int, seen: dict[str, list[Any]]) -> None:
     """Print what came of the chunks, and raise `DemoFailed` unless it is what a demo has to show."""
-    predictions, rejections, drifts = seen[PREDICTION], seen[REJECTION], seen[DRIFT]
+    predictions, rejections = [each["data"] for each in seen[PREDICTION]], seen[REJECTION]
+    drifts = [each["data"] for each in seen[DRIFT]]
     print(f"{chunks} chunks in, {len(predictions)} predictions and {len(rejections)} rejections out")
-    if "confidence" in predictions[0]["data"]:
-        for label, times in Counter(each["data"]["label"] for each in predictions).most_common():
-            confidence = mean(each["data"]["confidence"] for each in predictions if each["data"]["label"] == label)
+    if "confidence" in predictions[0]:
+        for label, times in Counter(each["label"] for each in predictions).most_common():
+            confidence = mean(each["confidence"] for each in predictions if each["label"] == label)
             print(f"  {label:16} {times:4} times, confidence {confidence:.2f} on average")
-    for drift in (each["data"] for each in drifts):
+    for drift in drifts:
         since, detected = drift["since"], drift["detected"]
         print(
             f"drift of {drift['source']}: since chunk {since['offset']}, known at chunk {detected['offset']}; it blames"
         )
         for signal_ in drift["signals"]:
             print(f"  {signal_['signal']:32} {signal_['before']:+7.2f} -> {signal_['after']:+7.2f} training spreads")
-    if len(predictions) != chunks or len({each["data"]["record"]["offset"] for each in predictions}) != chunks:
+    if (
+        len(predictions) != chunks
+        or len({(each["record"]["partition"], each["record"]["offset"]) for each in predictions}) != chunks
+    ):
         raise DemoFailed("not every chunk has exactly one prediction")
     if len(drifts) != 1 or len(seen[RETRAIN]) != 1:
         raise DemoFailed(f"one microphone went bad once, and there were {len(drifts)} drift events")

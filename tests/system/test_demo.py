@@ -15,7 +15,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path, capfd: pytest.CaptureFi
     status = demo.main(["--work", str(tmp_path / "demo"), "--broker", f"sqlite:///{tmp_path / 'demo' / 'earshot.db'}"])
     printed = capfd.readouterr().out
     assert 0 == status, printed
-    assert "540 chunks in, 540 predictions and 0 rejections out" in printed
+    assert "700 chunks in, 700 predictions and 0 rejections out" in printed
     assert "drift of mic-1" in printed
 
 
