@@ -23,7 +23,7 @@ SHOWN_SKIPPED: Final = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(parser().parse_args(argv))
     command: Callable[[dict[str, Any]], int] = arguments.pop("command")
     try:
         return command(arguments)
@@ -122,13 +122,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; what it parses has the function of the command in ``command``."""
+    top = argparse.ArgumentParser(
         prog="earshot-trainer",
         description="Labelled clips in, a model bundle for earshot-worker out.",
         epilog="exit status: 0 done, 1 something has to be changed first, 2 wrong usage",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     simulate = _command(
         commands,
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--window-seconds", type=float, metavar="S", help="what one prediction hears (1.0)")
     fit.add_argument("--window-hop-seconds", type=float, metavar="S", help="between two windows (0.5)")
     fit.add_argument("--json", action="store_true", help="print the manifest of the bundle")
-    return parser
+    return top
 
 
 def _command(
