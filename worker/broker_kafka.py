@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -112,9 +113,8 @@ class KafkaBroker:
                     f"topic {spec.name!r} has {found} partitions, expected {spec.partitions}: "
                     f"ask for {found}, or delete the topic"
                 )
-        compacted = {"cleanup.policy": "compact", "segment.bytes": str(STATE_SEGMENT_BYTES)}
         new = {
-            spec.name: {"num_partitions": spec.partitions, "configs": compacted if spec.compacted else {}}
+            spec.name: {"num_partitions": spec.partitions, "configs": _topic_configs(spec)}
             for spec in specs
             if spec.name not in existing
         }
@@ -359,23 +359,27 @@ class _Changes(ConsumerRebalanceListener):  # type: ignore[misc]  # the client s
     """Notes what the group has given and taken; the client calls it on its I/O thread, which must not wait."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._assigned: set[int] = set()
         self._revoked: set[int] = set()
 
     def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
-        self._assigned |= {each.partition for each in assigned}
+        with self._lock:
+            self._assigned |= {each.partition for each in assigned}
 
     def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
         """Also called for partitions that were lost: either way their states are no longer ours."""
         partitions = {each.partition for each in revoked}
-        self._revoked |= partitions
-        self._assigned -= partitions
+        with self._lock:
+            self._revoked |= partitions
+            self._assigned -= partitions
 
     def take(self) -> tuple[frozenset[int], frozenset[int]]:
         """Return (assigned, revoked) since the last call."""
-        changes = frozenset(self._assigned), frozenset(self._revoked)
-        self._assigned, self._revoked = set(), set()
-        return changes
+        with self._lock:
+            changes = frozenset(self._assigned), frozenset(self._revoked)
+            self._assigned, self._revoked = set(), set()
+            return changes
 
 
 class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
@@ -503,6 +507,15 @@ class _Cluster:
             for each in networks:
                 each.close()
             raise
+
+
+def _topic_configs(spec: TopicSpec) -> dict[str, str]:
+    configs: dict[str, str] = {}
+    if spec.compacted:
+        configs |= {"cleanup.policy": "compact", "segment.bytes": str(STATE_SEGMENT_BYTES)}
+    if spec.max_message_bytes is not None:
+        configs["max.message.bytes"] = str(spec.max_message_bytes)
+    return configs
 
 
 def _send(producer: Any, message: Message) -> Any:

@@ -96,7 +96,7 @@ class SqliteBroker:
             existing = dict(execute("SELECT name, partitions FROM topics"))
             for spec in specs:
                 if spec.name not in existing:
-                    execute("INSERT INTO topics VALUES (?, ?, ?)", *spec)
+                    execute("INSERT INTO topics VALUES (?, ?, ?)", spec.name, spec.partitions, spec.compacted)
                     created.append(spec.name)
                 elif spec.partitions != existing[spec.name]:
                     raise Fatal(

@@ -27,12 +27,18 @@ RETRAIN_TYPE: Final = "earshot.retrain.requested"
 Headers = tuple[tuple[str, bytes], ...]
 
 
+DLQ_MESSAGE_BYTES: Final = 16 * 1024**2
+"""What audio.dlq has to take: the largest record that is accepted by default, twice, so that its copy
+fits together with the reason whatever audio.in takes."""
+
+
 class TopicSpec(NamedTuple):
-    """A topic as it has to be created."""
+    """A topic as it has to be created; ``max_message_bytes`` None leaves that to the broker."""
 
     name: str
     partitions: int
     compacted: bool
+    max_message_bytes: int | None = None
 
 
 class Topics(msgspec.Struct, frozen=True):
@@ -74,7 +80,7 @@ class Topics(msgspec.Struct, frozen=True):
         return (
             TopicSpec(self.audio_in, partitions, compacted=False),
             TopicSpec(self.predictions_out, partitions, compacted=False),
-            TopicSpec(self.audio_dlq, partitions, compacted=False),
+            TopicSpec(self.audio_dlq, partitions, compacted=False, max_message_bytes=DLQ_MESSAGE_BYTES),
             TopicSpec(self.drift_events, 1, compacted=False),
             TopicSpec(self.drift_state, partitions, compacted=True),
         )

@@ -19,8 +19,8 @@ from tests import apache_kafka
 from tests.conftest import missing
 from worker import broker_kafka
 from worker.broker_kafka import KafkaBroker, KafkaSession
-from worker.errors import Fatal, Retryable
-from worker.messages import Message, Record, Topics, TopicSpec
+from worker.errors import BadRecord, Fatal, Retryable
+from worker.messages import Message, Record, Topics, TopicSpec, rejection_message
 
 PARTITIONS = 4
 PATIENCE = 30.0  # seconds to wait for what must come
@@ -412,3 +412,20 @@ def test_an_outage_is_noticed_and_survived(
         with closing(patient.join(group, "one")) as session:
             process(session, topics, poll_for(session, PARTITIONS))
         assert PARTITIONS == len(committed(patient, topics.predictions_out))
+
+
+def test_the_largest_record_still_fits_the_dead_letters(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """A record that audio.in has only just taken can be rejected: its copy is larger, and audio.dlq has room for it."""
+    largest = 1024**2 - 200  # the broker's default is 1 MiB and 12 bytes for a batch with its headers
+    noise = random.Random(0).randbytes(largest)
+    with pytest.raises(Fatal, match="cannot publish"):
+        broker.publish([Message(topics.audio_in, b"source", noise + bytes(2_000))])
+    broker.publish([Message(topics.audio_in, b"source", noise)])
+    with closing(broker.join(group, "one")) as session:
+        (record,) = poll_for(session, 1)
+        with session.transaction() as transaction:
+            transaction.send([rejection_message(topics, record, BadRecord("undecodable", "x" * 280))])
+            transaction.commit_offsets({record.partition: record.offset + 1})
+
+    (rejected,) = committed(broker, topics.audio_dlq)
+    assert noise == rejected.value
