@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple
 
 import joblib
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
+from scipy.io import wavfile
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from trainer import evaluate
@@ -216,5 +216,5 @@ def _excerpt(path: Path, spec: FeatureSpec) -> bytes:
     sound = from_container(path.read_bytes(), UNLIMITED)
     samples = sound.samples[: round(GOLDEN_WINDOWS * spec.window_seconds * sound.sample_rate)]
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, sound.sample_rate, format="WAV", subtype="FLOAT")
+    wavfile.write(buffer, sound.sample_rate, samples)  # libsndfile would put the time into a WAV file of floats
     return buffer.getvalue()
