@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import joblib
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import wavfile
@@ -44,8 +45,13 @@ Progress = Callable[[str, int, int], None]
 
 
 class Windows(NamedTuple):
-    """All windows of all usable clips: ``features`` (windows, features), and the clip of each in ``owner``."""
+    """All windows of all clips that can be used.
 
+    ``features`` has shape (windows, features); ``owner`` says of each window which clip of ``dataset``
+    it is from, and no clip is without one.
+    """
+
+    dataset: Dataset
     features: NDArray[np.float32]
     owner: Index
     skipped: list[Skipped]
@@ -86,8 +92,8 @@ def fit(
     """
     featurizer = Featurizer(spec)
     windows = featurize(dataset, featurizer, jobs=jobs, on_progress=on_progress)
-    targets, classes = _targets(dataset, windows.owner)
-    held_out = _held_out(dataset, windows, targets, classes, trees=trees, seed=seed, jobs=jobs, on_progress=on_progress)
+    targets, classes = _targets(windows)
+    held_out = _held_out(windows, targets, classes, trees=trees, seed=seed, jobs=jobs, on_progress=on_progress)
     metrics = (
         evaluate.classification_metrics(held_out, targets, windows.owner)
         if classes
@@ -112,9 +118,9 @@ def fit(
             "metrics": metrics,
             "seed": seed,
             "trees": trees,
-            "clips": len(np.unique(windows.owner)),
+            "clips": len(windows.dataset.clips),
             "windows": len(windows.owner),
-            "data_hash": data_hash(dataset),
+            "data_hash": data_hash(windows.dataset),
         },
         featurizer=featurizer,
         forest=forest,
@@ -122,7 +128,7 @@ def fit(
             held_out, windows.features, classes=classes, watched=watched, names=featurizer.feature_names
         ),
         goldens=[
-            bundle.golden(featurizer, flat, _excerpt(dataset.clips[clip].path, spec))
+            bundle.golden(featurizer, flat, _excerpt(windows.dataset.clips[clip].path, spec))
             for clip in _golden_clips(windows.owner, targets)
         ],
     )
@@ -144,34 +150,33 @@ def featurize(
         except BadRecord as error:
             return error
 
-    parts, owner, skipped = [], [], []
+    usable, parts, skipped = [], [], []
     tasks = (joblib.delayed(features_of)(clip.path) for clip in dataset.clips)
     results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
-    for index, (clip, result) in enumerate(zip(dataset.clips, results, strict=True)):
+    for done, (clip, result) in enumerate(zip(dataset.clips, results, strict=True), start=1):
         if isinstance(result, BadRecord):
             skipped.append(Skipped(clip.path, result.detail))
         else:
+            usable.append(clip)
             parts.append(result)
-            owner.append(np.full(len(result), index))
-        on_progress("listening to the clips", index + 1, len(dataset.clips))
+        on_progress("listening to the clips", done, len(dataset.clips))
     too_many_skipped(skipped, len(dataset.clips))
-    return Windows(np.concatenate(parts), np.concatenate(owner), skipped)
+    owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return Windows(msgspec.structs.replace(dataset, clips=tuple(usable)), np.concatenate(parts), owner, skipped)
 
 
-def _targets(dataset: Dataset, owner: Index) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _targets(windows: Windows) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Return what each window should be predicted as: class indices and the classes, or values and no class."""
-    labels = [clip.label for clip in dataset.clips]
-    if dataset.task == "regression":
-        return np.array([float(label) for label in labels])[owner], ()
-    classes = sorted({labels[index] for index in owner})
+    labels = [clip.label for clip in windows.dataset.clips]
+    if windows.dataset.task == "regression":
+        return np.array([float(label) for label in labels])[windows.owner], ()
+    classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
-        raise Fatal(f"all usable clips have the label {classes[0]!r}: a classifier needs at least two classes")
-    codes = {label: code for code, label in enumerate(classes)}
-    return np.array([codes.get(label, -1) for label in labels], np.intp)[owner], tuple(classes)
+        raise Fatal(f"all usable clips have the label {labels[0]!r}: a classifier needs at least two classes")
+    return codes[windows.owner], tuple(classes.tolist())
 
 
 def _held_out(
-    dataset: Dataset,
     windows: Windows,
     targets: NDArray[Any],
     classes: tuple[str, ...],
@@ -181,7 +186,7 @@ def _held_out(
     jobs: int,
     on_progress: Progress,
 ) -> NDArray[np.float64]:
-    folds = splits(dataset, seed=seed)
+    folds = splits(windows.dataset, seed=seed)
 
     def announced() -> Any:
         for done, fold in enumerate(folds):
@@ -190,7 +195,7 @@ def _held_out(
         on_progress("testing on held-out clips", len(folds), len(folds))
 
     return evaluate.held_out_scores(
-        lambda: _forest(dataset.task, trees, seed, jobs),
+        lambda: _forest(windows.dataset.task, trees, seed, jobs),
         windows.features,
         targets,
         windows.owner,
