@@ -88,9 +88,16 @@ def fit(
         on_progress: told how far the work is.
 
     Raises:
-        Fatal: too many clips are unusable, nothing can be held out, or ``out`` is something else.
+        Fatal: too many clips are unusable, nothing can be held out, the features cannot be computed
+            at this rate, or ``out`` is something else.
     """
-    featurizer = Featurizer(spec)
+    if out.exists() and not (out / bundle.MANIFEST).is_file():
+        # `bundle.write` would say so as well, but only after all the work.
+        raise Fatal(f"{out} exists and is no model bundle: name another folder, or remove it")
+    try:
+        featurizer = Featurizer(spec)
+    except ValueError as error:
+        raise Fatal(str(error)) from error
     windows = featurize(dataset, featurizer, jobs=jobs, on_progress=on_progress)
     targets, classes = _targets(windows)
     held_out = _held_out(windows, targets, classes, trees=trees, seed=seed, jobs=jobs, on_progress=on_progress)
