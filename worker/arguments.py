@@ -6,6 +6,7 @@ Knows the settings of `worker.config` and nothing of what a command does with th
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,9 @@ from worker.config import Config
 
 SETTINGS: Final = frozenset({*Config.__struct_fields__, "config"})
 """The options that are settings, and may come from the environment or a file as well."""
+
+LONGEST: Final = 3600.0
+"""Seconds that one piece of sound may last; whoever asks for more has mistyped it."""
 
 _DEFAULTS: Final = Config()
 
@@ -61,11 +65,17 @@ def parser() -> argparse.ArgumentParser:
         "earshot-worker play clips/*.wav --source mic-1 --degrade lowpass:2000@60s",
     )
     play.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what libsndfile reads, or folders of it")
-    play.add_argument("--source", required=True, metavar="NAME", help="the key of the records")
-    play.add_argument("--chunk", type=_positive, default=1.0, metavar="SECONDS", help="length of a chunk (%(default)s)")
+    play.add_argument("--source", required=True, type=_name, metavar="NAME", help="the key of the records")
+    play.add_argument(
+        "--chunk",
+        type=number(float, 0.001, LONGEST),
+        default=1.0,
+        metavar="SECONDS",
+        help="length of a chunk (%(default)s)",
+    )
     play.add_argument(
         "--speed",
-        type=_not_negative,
+        type=number(float, 0),
         default=1.0,
         metavar="X",
         help="1 is real time, 0 as fast as it goes (%(default)s)",
@@ -77,10 +87,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="HOW",
         help="lowpass:HZ, gain:DB or noise:SNR_DB, from the start or as in noise:20@60s; may be repeated",
     )
-    play.add_argument("--shuffle", type=int, metavar="SEED", help="play the files in a random order")
+    play.add_argument("--shuffle", type=number(int, 0), metavar="SEED", help="play the files in a random order")
     play.add_argument(
         "--start",
-        type=datetime.fromisoformat,
+        type=_time,
         metavar="TIME",
         help="event time of the first chunk, with its offset (now)",
     )
@@ -93,17 +103,34 @@ def parser() -> argparse.ArgumentParser:
     )
     watch.add_argument("--json", action="store_true", help="one JSON object a line")
     watch.add_argument("--from-beginning", action="store_true", help="not only what comes from now on")
-    watch.add_argument("--count", type=int, metavar="N", help="end after N predictions and rejections")
+    watch.add_argument("--count", type=number(int, 1), metavar="N", help="end after N predictions and rejections")
 
     topics = _command(
         commands, "topics", "create the topics that are not there yet", "earshot-worker topics --partitions 6"
     )
     topics.add_argument(
-        "--partitions", type=int, default=4, metavar="N", help="how far a group can spread (%(default)s)"
+        "--partitions", type=number(int, 1), default=4, metavar="N", help="how far a group can spread (%(default)s)"
     )
 
     _command(commands, "asyncapi", "print the AsyncAPI document of the wire", "earshot-worker asyncapi")
     return parser
+
+
+def number(kind: type[int | float], low: float, high: float = sys.maxsize) -> Callable[[str], float]:
+    """Return what argparse needs to read a number from ``low`` to ``high``; infinity and NaN are none."""
+    bounds = f"of {low:g} or more" if high == sys.maxsize else f"from {low:g} to {high:.10g}"
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
+        return value
+
+    return read
 
 
 def _command(commands: Any, name: str, purpose: str, example: str) -> argparse.ArgumentParser:
@@ -130,19 +157,17 @@ def _setting(
     parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=f"{help} ({shown})")
 
 
-def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "more than 0")
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "0 or more")
-
-
-def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
+def _time(text: str) -> datetime:
     try:
-        value = float(text)
+        time = datetime.fromisoformat(text)
     except ValueError:
-        value = float("nan")
-    if not fits(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {expected}")
-    return value
+        time = datetime.min  # noqa: DTZ901  # naive, and so refused as well
+    if time.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time with its offset, as in 2026-05-04T12:00:00Z")
+    return time
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, and a record without a source is rejected")
+    return text
