@@ -1,0 +1,34 @@
+# One image for the trainer, the worker and the player. BASE is any Debian with Python 3.11 to 3.13.
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS dependencies
+COPY requirements.lock pyproject.toml /src/
+WORKDIR /src
+# Every download is checked against the hashes of the lock; what only developers need stays behind in /wheels.
+RUN python3 -m venv /opt/earshot \
+ && PATH=/opt/earshot/bin:$PATH \
+ && pip download --quiet --require-hashes --dest /wheels --requirement requirements.lock \
+ && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    | pip install --quiet --no-index --find-links /wheels --requirement /dev/stdin
+
+FROM dependencies AS wheel
+RUN python3 -m venv /opt/build && /opt/build/bin/pip install --quiet --no-index --find-links /wheels hatchling
+COPY README.md LICENSE ./
+COPY worker worker
+COPY trainer trainer
+RUN /opt/build/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist .
+
+FROM ${BASE}
+# Numba compiles the forest for no processor in particular, so that what is compiled below fits wherever this image runs.
+ENV PATH=/opt/earshot/bin:$PATH PYTHONUNBUFFERED=1 NUMBA_CPU_NAME=generic
+RUN useradd --create-home --uid 10001 earshot && install -d -o earshot -g earshot /data
+COPY --from=dependencies /opt/earshot /opt/earshot
+COPY --from=wheel /dist /tmp/dist
+RUN pip install --quiet --no-index --no-deps /tmp/dist/*.whl
+USER earshot
+WORKDIR /data
+# Train and load a small model: shows that the image works, and leaves the compiled forest in the user's cache.
+RUN earshot-trainer simulate /tmp/clips --clips 36 --seconds 1 \
+ && earshot-trainer fit /tmp/clips --out /tmp/bundle --trees 8 \
+ && rm -r /tmp/clips /tmp/bundle
+CMD ["earshot-worker", "run"]
