@@ -19,7 +19,7 @@ from worker.errors import Fatal
 
 ENVIRONMENT_PREFIX: Final = "EARSHOT_"
 
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0, le=1e6)]  # eleven days: nothing can wait for `inf`
 Count = Annotated[int, Meta(ge=1)]
 
 
