@@ -160,10 +160,11 @@ def _setting(
 def _time(text: str) -> datetime:
     try:
         time = datetime.fromisoformat(text)
+        if time.tzinfo is None:
+            raise ValueError("no offset from UTC")
     except ValueError:
-        time = datetime.min  # noqa: DTZ901  # naive, and so refused as well
-    if time.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time with its offset, as in 2026-05-04T12:00:00Z")
+        message = f"{text!r} is not a time with its offset, as in 2026-05-04T12:00:00Z"
+        raise argparse.ArgumentTypeError(message) from None
     return time
 
 
