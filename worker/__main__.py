@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,6 +30,9 @@ EXIT_BAD_MODEL: Final = 3
 EXIT_GAVE_UP: Final = 4
 EXIT_KILLED: Final = 130
 
+SERVER: Final = re.compile(r"(\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
+"""One server of a Kafka URL: a name or an address, in brackets if it is one of IPv6, and a port."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -38,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[own.pop("command")]
     settings = {name: own.pop(name) for name in SETTINGS if name in own}
     try:
-        return command(resolve(settings, os.environ), own)
+        status = command(resolve(settings, os.environ), own)
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except (BadModel, Fatal, Retryable) as error:
         print(f"earshot-worker: {error}", file=sys.stderr)
         return {BadModel: EXIT_BAD_MODEL, Fatal: EXIT_FATAL}.get(type(error), EXIT_GAVE_UP)
@@ -46,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`| head`); nothing more can be said, not even by the interpreter's last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_KILLED
+    return status
 
 
 def _run(config: Config, _: dict[str, Any]) -> int:
+    stop = _stop_on_signals()  # before the imports, which take a second or two
     from worker.audio import Limits
     from worker.bundle import load
     from worker.drift import DriftPolicy
@@ -58,7 +67,6 @@ def _run(config: Config, _: dict[str, Any]) -> int:
     if not config.model:
         raise Fatal("no model is given: --model FOLDER, a bundle written by `earshot-trainer fit`")
     log = telemetry.configure(config.log_format, config.log_level)
-    stop = _stop_on_signals()
     bundle = load(Path(config.model))
     topics = Topics(config.topic_prefix)
     pipeline = Pipeline(
@@ -97,6 +105,7 @@ def _topics(config: Config, own: dict[str, Any]) -> int:
 
 
 def _play(config: Config, own: dict[str, Any]) -> int:
+    stop = _stop_on_signals()
     from worker import play
 
     topics = Topics(config.topic_prefix)
@@ -104,7 +113,6 @@ def _play(config: Config, own: dict[str, Any]) -> int:
         degradations = [play.parse_degradation(text) for text in own["degrade"]]
     except ValueError as error:
         raise Fatal(f"--degrade: {error}") from error
-    stop = _stop_on_signals()
     chunks = play.chunks(
         _sound_files(own["files"]),
         topic=topics.audio_in,
@@ -162,6 +170,7 @@ def _counter(what: str) -> Iterator[Callable[[int], None]]:
 
 
 def _watch(config: Config, own: dict[str, Any]) -> int:
+    stop = _stop_on_signals()
     from rich.console import Console
 
     from worker.watch import Style, watch
@@ -177,7 +186,7 @@ def _watch(config: Config, own: dict[str, Any]) -> int:
             from_beginning=own["from_beginning"],
             count=own["count"],
             console=console,
-            stop=_stop_on_signals(),
+            stop=stop,
         )
     return EXIT_OK
 
@@ -193,7 +202,12 @@ def _broker(url: str, topics: Topics) -> Broker:
     if separator and scheme == "kafka" and rest:
         from worker.broker_kafka import KafkaBroker
 
-        return KafkaBroker(rest.rstrip("/").split(","), topics)
+        servers = rest.rstrip("/").split(",")
+        for server in servers:
+            address = SERVER.fullmatch(server)
+            if address is None or not 0 < int(address["port"]) < 2**16:
+                raise Fatal(f"--broker is {url!r}; {server!r} is not host:port, with a port from 1 to 65535")
+        return KafkaBroker(servers, topics)
     if separator and scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
         from worker.broker_sqlite import SqliteBroker
 
