@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,21 +14,25 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from worker.arguments import LONGEST, number
 from worker.errors import BadModel, Fatal
 
 EXIT_OK: Final = 0
 EXIT_FATAL: Final = 1
 
 SHOWN_SKIPPED: Final = 5
+LARGEST_SEED: Final = 2**32 - 1  # scikit-learn's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # "R²" must not end a training where that cannot be written
+        sys.stdout.reconfigure(errors="replace")
     arguments = vars(parser().parse_args(argv))
     command: Callable[[dict[str, Any]], int] = arguments.pop("command")
     try:
         return command(arguments)
-    except (BadModel, Fatal) as error:
+    except (BadModel, Fatal, OSError) as error:  # of OSErrors, what a disk or its permissions may raise
         print(f"earshot-trainer: {error}", file=sys.stderr)
         return EXIT_FATAL
     except KeyboardInterrupt:
@@ -139,9 +144,10 @@ def parser() -> argparse.ArgumentParser:
         "earshot-trainer simulate clips",
     )
     simulate.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    simulate.add_argument("--seed", type=int, default=0, help="another seed, other sounds (%(default)s)")
-    simulate.add_argument("--clips", type=int, default=240, metavar="N", help="how many (%(default)s)")
-    simulate.add_argument("--seconds", type=float, default=4.0, metavar="S", help="how long each (%(default)s)")
+    seed, seconds = number(int, 0, LARGEST_SEED), number(float, 0.001, LONGEST)
+    simulate.add_argument("--seed", type=seed, default=0, help="another seed, other sounds (%(default)s)")
+    simulate.add_argument("--clips", type=number(int, 1), default=240, metavar="N", help="how many (%(default)s)")
+    simulate.add_argument("--seconds", type=seconds, default=4.0, metavar="S", help="how long each (%(default)s)")
 
     fit = _command(
         commands,
@@ -155,12 +161,14 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder of the bundle")
     fit.add_argument("--task", choices=("classification", "regression"), help="what a numeric label leaves open")
     fit.add_argument("--name", help="what predictions call the model (the name of the bundle's folder)")
-    fit.add_argument("--trees", type=int, default=100, metavar="N", help="the size of the forest (%(default)s)")
-    fit.add_argument("--seed", type=int, default=0, help="of the forest and the splits (%(default)s)")
-    fit.add_argument("--jobs", type=int, default=-1, metavar="N", help="processor cores, -1 for all (%(default)s)")
-    fit.add_argument("--sample-rate", type=int, metavar="HZ", help="what everything is resampled to (16000)")
-    fit.add_argument("--window-seconds", type=float, metavar="S", help="what one prediction hears (1.0)")
-    fit.add_argument("--window-hop-seconds", type=float, metavar="S", help="between two windows (0.5)")
+    fit.add_argument(
+        "--trees", type=number(int, 1), default=100, metavar="N", help="the size of the forest (%(default)s)"
+    )
+    fit.add_argument("--seed", type=seed, default=0, help="of the forest and the splits (%(default)s)")
+    fit.add_argument("--jobs", type=number(int, 1), default=-1, metavar="N", help="processor cores (all)")
+    fit.add_argument("--sample-rate", type=number(int, 1), metavar="HZ", help="what everything is resampled to (16000)")
+    fit.add_argument("--window-seconds", type=seconds, metavar="S", help="what one prediction hears (1.0)")
+    fit.add_argument("--window-hop-seconds", type=seconds, metavar="S", help="between two windows (0.5)")
     fit.add_argument("--json", action="store_true", help="print the manifest of the bundle")
     return top
 
