@@ -291,7 +291,10 @@ class KafkaSession:
         transaction = KafkaTransaction(self._cluster, self._topics, self._producer)
         try:
             yield transaction  # 2
-        except Retryable:
+        except (
+            Retryable,
+            GeneratorExit,
+        ):  # the latter: nobody will finish this block, and whoever clears it must not wait
             raise
         except BaseException:
             # An abort that fails leaves a producer that begins no other transaction.
