@@ -1,0 +1,270 @@
+"""The trainer's command line: what it prints, what it refuses, and how it says so."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import soundfile
+
+from tests.system.processes import BIN
+from trainer.__main__ import METRICS, SHOWN_SKIPPED, main, parser
+from worker import bundle
+
+QUICK = ("--trees", "5", "--window-seconds", "0.25", "--window-hop-seconds", "0.25")
+
+
+def write_tone(path: Path, frequency: float, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(4000) / 16_000
+    noise = np.random.default_rng(seed).normal(scale=0.02, size=time.size)
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * frequency * time) + noise, 16_000)
+
+
+@pytest.fixture
+def tones(tmp_path: Path) -> Path:
+    """Two classes of ten clips each, in a folder for each class."""
+    for number in range(20):
+        label, frequency = (("low", 400.0), ("high", 3000.0))[number % 2]
+        write_tone(tmp_path / "tones" / label / f"{number:02}.wav", frequency, number)
+    return tmp_path / "tones"
+
+
+def usage_error(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Insist on argparse's refusal, with status 2 and no traceback, and return its last line."""
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert 2 == exit_.value.code
+    printed = capsys.readouterr()
+    assert "" == printed.out
+    return printed.err.splitlines()[-1]
+
+
+def refusal(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Insist on status 1 and one line on standard error, and return it."""
+    assert 1 == main(argv)
+    printed = capsys.readouterr()
+    assert "" == printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith("earshot-trainer: ")
+    return line
+
+
+class TestHelp:
+    def test_the_commands_are_listed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """What it is for, each command with its purpose, and what the exit statuses mean."""
+        with pytest.raises(SystemExit) as exit_:
+            main(["--help"])
+        assert 0 == exit_.value.code
+        text = capsys.readouterr().out
+        for part in ("earshot-trainer", "simulate", "fit", "exit status: 0 done"):
+            assert part in text
+
+    @pytest.mark.parametrize("command", ["simulate", "fit"])
+    def test_each_command_has_an_example(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """Its help ends with a command line to copy, which the parser takes."""
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert 0 == exit_.value.code
+        *_, heading, example = capsys.readouterr().out.strip().splitlines()
+        assert "example:" == heading
+        program, *arguments = example.split()
+        assert ("earshot-trainer", command) == (program, arguments[0])
+        parser().parse_args(arguments)
+
+    def test_it_is_fast(self) -> None:
+        """Help imports nothing that takes its time."""
+        code = (
+            "import sys, trainer.__main__ as t\n"
+            "try: t.main(['--help'])\n"
+            "except SystemExit: pass\n"
+            "print({'sklearn', 'numba', 'librosa', 'scipy', 'joblib', 'numpy', 'kafka'} & {*sys.modules})"
+        )
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert "set()" == printed.splitlines()[-1]
+
+    def test_a_command_is_needed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """None, or one that there is not, is wrong usage."""
+        assert "required: COMMAND" in usage_error([], capsys)
+        assert "invalid choice: 'train'" in usage_error(["train"], capsys)
+
+
+class TestCommands:
+    def test_simulate_and_fit(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The two commands of the example: clips, and a bundle that loads, with its figures in between."""
+        clips, out = tmp_path / "clips", tmp_path / "machines"
+        assert 0 == main(["simulate", str(clips), "--clips", "36", "--seconds", "0.5"])
+        assert f"36 clips of 0.5 s, listed in {clips / 'manifest.csv'}\n" == capsys.readouterr().out
+        assert 0 == main(["fit", str(clips), "--out", str(out), "--trees", "5"])
+        printed = capsys.readouterr()
+        assert "" == printed.err, "there is no progress bar where nobody looks at it, and nothing to warn of"
+        model = bundle.load(out).manifest
+        summary, heading, *figures, last = printed.out.splitlines()
+        assert "36 clips, 36 windows, 6 classes, 5 trees" == summary
+        assert "held out:" == heading
+        assert f"bundle written to {out}" == last
+        assert [
+            f"  {METRICS['accuracy']:36} {100 * model.metrics['accuracy']:.1f} %",
+            f"  {METRICS['macro_f1']:36} {model.metrics['macro_f1']:.3f}",
+            f"  {METRICS['window_accuracy']:36} {100 * model.metrics['window_accuracy']:.1f} %",
+        ] == figures
+        assert "machines" == model.name
+
+    def test_fit_a_quantity(self, machines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A numeric column is regression, and its errors are in its unit."""
+        out = tmp_path / "speed"
+        options = ["--label", "rpm", "--out", str(out), "--trees", "5", "--name", "speedometer", "--seed", "3"]
+        assert 0 == main(["fit", str(machines), *options, "--window-seconds", "2", "--window-hop-seconds", "2"])
+        model = bundle.load(out).manifest
+        summary, _, *figures, _ = capsys.readouterr().out.splitlines()
+        assert "72 clips, 72 windows, rpm (regression), 5 trees" == summary
+        assert [
+            f"  {METRICS['mae']:36} {model.metrics['mae']:.3f} rpm",
+            f"  {METRICS['r2']:36} {model.metrics['r2']:.3f}",
+            f"  {METRICS['window_mae']:36} {model.metrics['window_mae']:.3f} rpm",
+        ] == figures
+        assert ("speedometer", 3) == (model.name, model.seed)
+        assert (2.0, 2.0) == (model.spec.window_seconds, model.spec.window_hop_seconds)
+
+    def test_json(self, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Standard output is the manifest of the bundle and nothing else."""
+        out = tmp_path / "out"
+        assert 0 == main(["fit", str(tones), "--out", str(out), *QUICK, "--json"])
+        printed = capsys.readouterr().out
+        assert 1 == len(printed.splitlines())
+        assert bundle.load(out).manifest == msgspec.json.decode(printed, type=bundle.Manifest)
+
+    def test_esc50_as_it_is_published(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Its own table in meta/ and the clips in audio/ beside it: category is learnt, in the official folds."""
+        data = tmp_path / "ESC-50"
+        (data / "meta").mkdir(parents=True)
+        with (data / "meta" / "esc50.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["filename", "fold", "target", "category", "esc10", "src_file", "take"])
+            for number in range(20):
+                fold, target = number // 4 + 1, number % 2
+                name = f"{fold}-{number}-A-{target}.wav"
+                write_tone(data / "audio" / name, (400.0, 3000.0)[target], number)
+                writer.writerow([name, fold, target, ("cow", "bird")[target], "True", number, "A"])
+        assert 0 == main(["fit", str(data), "--out", str(tmp_path / "out"), *QUICK])
+        assert capsys.readouterr().out.startswith("20 clips, 20 windows, 2 classes, 5 trees\n")
+        model = bundle.load(tmp_path / "out").manifest
+        assert ("category", ("bird", "cow"), 1.0) == (model.label, model.classes, model.metrics["accuracy"])
+
+    def test_skipped_clips_and_warnings_go_to_standard_error(
+        self, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A few are named with their reasons and the rest is counted; so are clips that are the same."""
+        for number in range(100):
+            write_tone(tones / "high" / f"more-{number:03}.wav", 3000.0, 100 + number)
+        for number in range(SHOWN_SKIPPED + 2):
+            (tones / "high" / f"more-{number:03}.wav").write_bytes(b"not a sound %d" % number)
+        (tones / "low" / "twin.wav").write_bytes((tones / "low" / "00.wav").read_bytes())
+        assert 0 == main(["fit", str(tones), "--out", str(tmp_path / "out"), *QUICK])
+        printed = capsys.readouterr()
+        assert printed.out.startswith("114 clips, ")
+        warning, *skipped, more = printed.err.splitlines()
+        assert warning.startswith("warning: low/twin.wav has the same bytes as low/00.wav")
+        assert [f"skipped {tones}/high/more-{number:03}.wav" for number in range(SHOWN_SKIPPED)] == [
+            line.partition(": ")[0] for line in skipped
+        ]
+        assert all(line.partition(": ")[2] for line in skipped)
+        assert "skipped 2 more clips" == more
+
+    def test_a_terminal_without_the_letters(self, machines: Path, tmp_path: Path) -> None:
+        """Where "R²" cannot be written the summary says so as well as it can, and the status is 0."""
+        command = ["earshot-trainer", "fit", str(machines), "--label", "rpm", "--out", str(tmp_path / "out")]
+        options = ["--trees", "2", "--window-seconds", "2", "--window-hop-seconds", "2"]
+        ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(
+            [BIN / command[0], *command[1:], *options], env=ascii_only, capture_output=True, text=True, check=False
+        )
+        assert (0, "") == (done.returncode, done.stderr)
+        assert "R?, clips" in done.stdout
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["{data}/nowhere", "--out", "{out}"], "nowhere does not exist; expected a folder of clips or a CSV"),
+            (["{data}", "--out", "{out}", "--label", "rpm"], "has no manifest"),
+            (["{data}", "--out", "{data}"], "exists and is no model bundle: name another folder, or remove it"),
+            (["{data}", "--out", "{data}/low/00.wav/out"], "name another folder"),
+            (["{data}", "--out", "{out}", "--task", "regression"], "regression expects a finite number"),
+            (["{data}", "--out", "{out}", "--window-seconds", "0.01"], "window_seconds is 0.01; expected at least"),
+            (["{data}", "--out", "{out}", "--window-hop-seconds", "2"], "window_hop_seconds is 2.0; expected"),
+            (["{data}", "--out", "{out}", "--sample-rate", "100"], "window_seconds is 1.0; expected at least"),
+            (["{data}", "--out", "{out}", "--sample-rate", "1000000"], "n_mels is 40"),
+        ],
+    )
+    def test_what_has_to_be_changed_is_said_in_one_line(
+        self, arguments: list[str], expected: str, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Status 1 and a sentence for the person who typed it, without a traceback; nothing is written."""
+        filled = [each.format(data=tones, out=tmp_path / "out") for each in arguments]
+        assert expected in refusal(["fit", *filled], capsys)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_column_that_is_not_there(self, machines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The columns that there are stand beside it."""
+        text = refusal(["fit", str(machines), "--label", "speed", "--out", "out"], capsys)
+        assert "has no column 'speed' to learn; it has filename, label, group, rpm" in text
+
+    def test_simulate_where_nothing_can_be_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A file is no folder, and too few clips are no data set."""
+        (tmp_path / "file").write_text("")
+        assert "cannot write to" in refusal(["simulate", str(tmp_path / "file"), "--clips", "36"], capsys)
+        assert "clips is 5; expected at least 36" in refusal(["simulate", str(tmp_path / "x"), "--clips", "5"], capsys)
+
+    def test_a_disk_that_fails(
+        self, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """What only turns up while writing is one line as well, with the file that it is about."""
+
+        def full(self: Path, _content: bytes) -> int:
+            raise OSError(28, "No space left on device", str(self))
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        text = refusal(["fit", str(tones), "--out", str(tmp_path / "out"), *QUICK], capsys)
+        assert "No space left on device" in text
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("option", "values"),
+        [
+            ("--trees", ("-1", "0", "1.5", "many", "")),
+            ("--jobs", ("0", "-1")),
+            ("--seed", ("-1", "4294967296", "1e3")),
+            ("--sample-rate", ("0", "-16000", "16k")),
+            ("--window-seconds", ("0", "-1", "nan", "inf", "1e12", "1s")),
+            ("--window-hop-seconds", ("0", "nan", "inf")),
+            ("--task", ("clustering",)),
+        ],
+    )
+    def test_nonsense_is_refused_where_it_is_typed(
+        self, option: str, values: Sequence[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Status 2, with the option, what was given and what was expected."""
+        for value in values:
+            text = usage_error(["fit", "clips", "--out", "out", option, value], capsys)
+            assert f"argument {option}: " in text
+            assert repr(value) in text
+
+    @pytest.mark.parametrize(
+        ("option", "values"),
+        [("--clips", ("0", "-3", "x")), ("--seconds", ("0", "nan", "inf", "1e9")), ("--seed", ("-1", "x"))],
+    )
+    def test_nonsense_for_simulate(
+        self, option: str, values: Sequence[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The same."""
+        for value in values:
+            assert f"argument {option}: {value!r} is not " in usage_error(["simulate", "out", option, value], capsys)
