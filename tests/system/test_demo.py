@@ -34,6 +34,6 @@ def test_the_demo_runs_on_real_recordings_and_apache_kafka(
 def test_the_demo_fails_when_something_does_not_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no microphone covered there is no drift event, and the demo says so and ends with status 1."""
     monkeypatch.setattr(demo, "DEGRADATION", "gain:0")
-    monkeypatch.setattr(demo, "DEADLINE", 25.0)
+    monkeypatch.setattr(demo, "DEADLINE", 10.0)
     arguments = ["--work", str(tmp_path / "demo"), "--broker", f"sqlite:///{tmp_path / 'demo' / 'earshot.db'}"]
     assert 1 == demo.main(arguments)

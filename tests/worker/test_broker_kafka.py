@@ -375,9 +375,9 @@ def test_a_message_that_is_too_large_is_fatal(broker: KafkaBroker, topics: Topic
     """It would be too large again in the next session."""
     noise = random.Random(0).randbytes(2_000_000)
     with pytest.raises(Fatal, match="MessageSizeTooLarge"):
-        broker.publish([Message(topics.audio_dlq, b"source", noise)])
-    broker.publish([Message(topics.audio_dlq, b"source", b"small")])
-    assert [b"small"] == [record.value for record in committed(broker, topics.audio_dlq)]
+        broker.publish([Message(topics.predictions_out, b"source", noise)])
+    broker.publish([Message(topics.predictions_out, b"source", b"small")])
+    assert [b"small"] == [record.value for record in committed(broker, topics.predictions_out)]
 
 
 def test_an_outage_is_noticed_and_survived(
