@@ -24,8 +24,8 @@ from worker.broker_sqlite import SqliteBroker
 from worker.messages import Message, Topics
 
 SOURCE = "Hörer-1"
-CHUNK = 0.5
-CHUNKS = 288  # 72 clips of two seconds
+CHUNK = 0.125
+CHUNKS = 1152  # of 72 clips of two seconds: seconds of work, one record at a time
 
 
 @pytest.fixture(autouse=True)
