@@ -65,6 +65,8 @@ class Session(Protocol):
     def transaction(self) -> AbstractContextManager[Transaction]:
         """Open a transaction that commits when its block ends, and aborts when it raises.
 
+        One that commits no offsets needs no partition, and so no poll before it.
+
         Raises:
             Retryable: nothing was committed, or it is not known whether it was; the session is
                 finished either way, and the committed offset tells the next one.
@@ -100,6 +102,18 @@ class Broker(Protocol):
 
         An empty list is yielded about once a second while nothing arrives, so that the caller
         can look at the clock and stop. Belongs to no consumer group.
+        """
+
+    def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
+        """Yield the committed records of ``topics`` up to where they end during this call, and stop.
+
+        They come in offset order by partition. What was committed before the call is seen, and a
+        transaction that is still open is waited for; an empty list is yielded about once a second
+        meanwhile. Belongs to no consumer group.
+
+        Raises:
+            Retryable: the broker cannot be reached, or a transaction stays open.
+            Fatal: access is refused, or a topic is missing.
         """
 
     def close(self) -> None:

@@ -152,12 +152,10 @@ class KafkaBroker:
 
     def follow(self, topics: Sequence[str], *, from_beginning: bool) -> Iterator[list[Record]]:
         """Yield the committed records of ``topics`` for ever, from the beginning or from the moment of this call."""
-        found = self._cluster.partitions(topics)
-        _require_all(found, topics)
+        partitions = self._cluster.logs(topics)
         consumer = self._cluster.consumer()
         self._followers.add(consumer)
         with self._cluster.errors("follow"):
-            partitions = [TopicPartition(topic, partition) for topic in topics for partition in range(found[topic])]
             consumer.assign(partitions)
             seek = consumer.seek_to_beginning if from_beginning else consumer.seek_to_end
             seek(*partitions)
@@ -165,6 +163,23 @@ class KafkaBroker:
                 if consumer.position(partition, timeout_ms=_ms(REQUEST_TIMEOUT)) is None:
                     raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
         return self._follow(consumer)
+
+    def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
+        """Yield the committed records of ``topics`` up to where they end during this call, and stop.
+
+        Raises:
+            Retryable: nothing comes, and no transaction ends, for `RESTORE_TIMEOUT`.
+        """
+        partitions = self._cluster.logs(topics)
+        with self._cluster.errors("read"), self._cluster.admin() as admin:
+            # Where the logs end, decided or not: the marker that ends a transaction may still be on its way.
+            found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        consumer = self._cluster.consumer()
+        self._followers.add(consumer)
+        with self._cluster.errors("read"):
+            consumer.assign(partitions)
+            consumer.seek_to_beginning(*partitions)
+        return self._read(consumer, {partition: found[partition].offset for partition in partitions})
 
     def close(self) -> None:
         """Free the connections; sessions are closed on their own."""
@@ -178,6 +193,27 @@ class KafkaBroker:
                 with self._cluster.errors("follow"):
                     polled = consumer.poll(timeout_ms=_ms(IDLE))
                 yield _records(polled)
+        finally:
+            self._followers.discard(consumer)
+            _close_consumer(consumer)
+
+    def _read(self, consumer: Any, ends: Mapping[Any, int]) -> Iterator[list[Record]]:
+        try:
+            behind = {partition: 0 for partition, end in ends.items() if end > 0}
+            deadline = time.monotonic() + RESTORE_TIMEOUT
+            while behind:
+                with self._cluster.errors("read"):
+                    records = _records(consumer.poll(timeout_ms=_ms(IDLE)))
+                    positions = {partition: consumer.position(partition, _ms(IDLE)) or 0 for partition in behind}
+                if positions != behind:
+                    deadline = time.monotonic() + RESTORE_TIMEOUT
+                if time.monotonic() > deadline:
+                    raise Retryable(
+                        f"cannot read to the end of {', '.join(sorted({each.topic for each in behind}))} at "
+                        f"{self._cluster}: nothing comes for {RESTORE_TIMEOUT:.0f} s, or a transaction is still open"
+                    )
+                yield [each for each in records if each.offset < ends[TopicPartition(each.topic, each.partition)]]
+                behind = {partition: at for partition, at in positions.items() if at < ends[partition]}
         finally:
             self._followers.discard(consumer)
             _close_consumer(consumer)
@@ -461,6 +497,12 @@ class _Cluster:
                 found[topic["name"]] = len(topic["partitions"])
             return found
 
+    def logs(self, topics: Sequence[str]) -> list[Any]:
+        """Return every partition of ``topics``, which have to exist."""
+        found = self.partitions(topics)
+        _require_all(found, topics)
+        return [TopicPartition(topic, partition) for topic in topics for partition in range(found[topic])]
+
     def require(self, topics: Topics) -> None:
         """Raise Fatal unless the topics exist and ``drift.state`` has the partitions of ``audio.in``."""
         names = [spec.name for spec in topics.layout(1)]
@@ -478,7 +520,7 @@ class _Cluster:
         """Turn the client's errors into ours."""
         try:
             yield
-        except (kafka_errors.KafkaError, UnicodeDecodeError) as error:
+        except (kafka_errors.KafkaError, ValueError) as error:  # the latter: text that is not UTF-8, no such partition
             raise self._reaction(error, attempt) from error
 
     def _reaction(self, error: Exception, attempt: str) -> EarshotError:
@@ -492,7 +534,7 @@ class _Cluster:
                 f"{told}; another worker may run under the same --instance, "
                 f"or the transaction took longer than {TRANSACTION_TIMEOUT:.0f} s"
             )
-        if isinstance(error, UnicodeDecodeError) or any(isinstance(cause, UNUSABLE) for cause in causes):
+        if isinstance(error, ValueError) or any(isinstance(cause, UNUSABLE) for cause in causes):
             return Fatal(f"{told}; trying again cannot help")
         return Retryable(told)
 

@@ -124,6 +124,11 @@ class SqliteBroker:
         logs = [(topic, number) for topic in topics for number in range(_topic(self._database, topic).partitions)]
         return self._follow({log: 0 if from_beginning else _end(self._database, log) for log in logs})
 
+    def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
+        """Yield the records of ``topics`` up to where they end during this call, and stop."""
+        logs = [(topic, number) for topic in topics for number in range(_topic(self._database, topic).partitions)]
+        return self._read({log: end for log in logs if (end := _end(self._database, log))})
+
     def close(self) -> None:
         """Close the file, for the sessions and followers of this broker too."""
         self._database.close()
@@ -135,6 +140,13 @@ class SqliteBroker:
                 if records := _take(self._database, positions, FOLLOW_RECORDS):
                     break
             yield records
+
+    def _read(self, ends: dict[_Log, int]) -> Iterator[list[Record]]:
+        positions = dict.fromkeys(ends, 0)
+        while records := _take(self._database, positions, FOLLOW_RECORDS):
+            yield [record for record in records if record.offset < ends[record.topic, record.partition]]
+            # A log that grows faster than it is read must not keep this going.
+            positions = {log: position for log, position in positions.items() if position < ends[log]}
 
 
 class _Transaction:
@@ -182,10 +194,13 @@ class _Session:
     def transaction(self) -> Iterator[_Transaction]:
         transaction = _Transaction()
         yield transaction
-        if not self._positions:
+        if transaction.offsets and not self._positions:
             raise self._fenced()
         with self._database.transaction() as execute:
-            self._renew()
+            if self._positions:
+                self._renew()
+            elif not execute("SELECT id FROM members WHERE id = ?", self._member):
+                raise self._fenced()
             _append(self._database, transaction.messages)
             for partition, offset in transaction.offsets.items():
                 execute("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)", self._readers, partition, offset)

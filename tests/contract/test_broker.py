@@ -335,6 +335,29 @@ def test_a_second_session_of_the_same_instance_fences_the_first(
     assert values(follow_until(stream, 1)) == [b"from the second"]
 
 
+def test_a_session_without_partitions_commits_messages_and_is_fenced(
+    broker: Broker, connect: Connect, topics: Topics, group: str
+) -> None:
+    """Without offsets nothing needs to be polled first; a successor fences all the same."""
+    with closing(broker.join(group, "one")) as first:
+        commit(first, predictions(topics, b"first"), {})
+        with closing(connect(topics).join(group, "one")) as second:
+            with pytest.raises(Retryable):
+                commit(first, predictions(topics, b"fenced"), {})
+            commit(second, predictions(topics, b"second"), {})
+
+    assert [b"first", b"second"] == [r.value for batch in broker.read([topics.predictions_out]) for r in batch]
+
+
+def test_a_partition_that_does_not_exist_is_fatal(broker: Broker, topics: Topics, group: str) -> None:
+    """Another attempt would not make one."""
+    nowhere = sounds(topics, b"a", partition=PARTITIONS)
+    with pytest.raises(Fatal, match=str(PARTITIONS)):
+        broker.publish(nowhere)
+    with closing(broker.join(group, "one")) as session, pytest.raises(Fatal, match=str(PARTITIONS)):
+        commit(session, nowhere, {})
+
+
 def test_a_session_that_was_fenced_while_idle_learns_of_it(
     broker: Broker, connect: Connect, topics: Topics, group: str
 ) -> None:
@@ -449,6 +472,39 @@ def test_follow_from_the_end_sees_only_what_comes(broker: Broker, topics: Topics
 
     assert sorted(record.value or b"" for record in follow_until(stream, 2)) == [b"event", b"new"]
     assert follow_until_idle(stream) == []
+
+
+def test_read_ends_where_the_log_ended(broker: Broker, topics: Topics) -> None:
+    """What is there when it is called comes, in order by partition, and then it stops; what comes later does not."""
+    names = [topics.audio_in, topics.predictions_out, topics.drift_events]
+    broker.publish(sounds(topics, b"a", b"b") + sounds(topics, b"c", partition=2) + predictions(topics, b"d"))
+    stream = broker.read(names)
+    broker.publish(sounds(topics, b"later") + sounds(topics, b"later", partition=1))
+
+    records = [record for batch in stream for record in batch]
+
+    assert sorted(record.value or b"" for record in records) == [b"a", b"b", b"c", b"d"]
+    assert values([r for r in records if (r.topic, r.partition) == (topics.audio_in, 0)]) == [b"a", b"b"]
+    assert [record for batch in broker.read([topics.audio_dlq]) for record in batch] == []
+
+
+def test_read_sees_what_was_just_committed(broker: Broker, topics: Topics, group: str) -> None:
+    """Nothing that was committed before the call is missing, and nothing that was aborted or is open comes."""
+    with closing(broker.join(group, "one")) as session:
+        committed: list[bytes] = []
+        for number in range(10):
+            committed.append(b"%d" % number)
+            commit(session, predictions(topics, committed[-1]), {})
+            assert committed == [r.value for batch in broker.read([topics.predictions_out]) for r in batch]
+        with pytest.raises(Interrupted):
+            interrupt(session, predictions(topics, b"aborted"), {})
+        assert committed == [r.value for batch in broker.read([topics.predictions_out]) for r in batch]
+
+
+def test_read_of_a_missing_topic_is_fatal(connect: Connect, topics: Topics) -> None:
+    """As everywhere: it says which topic is missing."""
+    with pytest.raises(Fatal, match=topics.audio_dlq):
+        list(connect(topics).read([topics.audio_dlq]))
 
 
 # -- all of it, in random order ------------------------------------------------------------------

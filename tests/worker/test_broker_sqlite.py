@@ -121,7 +121,7 @@ def test_of_two_that_find_the_lease_free_one_wins(broker: SqliteBroker) -> None:
 
     assert second._win(looked) == frozenset()
     with pytest.raises(Retryable, match="'two' does not hold"):
-        commit(second, [], {})
+        commit(second, [], {0: 1})
 
 
 def test_a_lease_that_ran_out_unnoticed_is_still_good(broker: SqliteBroker, path: Path) -> None:
@@ -149,14 +149,14 @@ def test_polls_and_commits_renew_the_lease(broker: SqliteBroker, path: Path) -> 
     assert LEASE - 10 < seconds_left(path) <= LEASE
 
 
-def test_who_has_won_nothing_commits_nothing(broker: SqliteBroker) -> None:
-    """A waiting member may not write, even if its row is there."""
+def test_who_has_won_nothing_commits_no_offsets(broker: SqliteBroker) -> None:
+    """A waiting member may not move the group, even if its row is there, nor write what would explain the move."""
     broker.join("group", "one").poll(0.0, 10)
     waiting = broker.join("group", "two")
     waiting.poll(0.0, 10)
 
     with pytest.raises(Retryable, match="'two' does not hold"):
-        commit(waiting, [b"out of turn"], {})
+        commit(waiting, [b"out of turn"], {0: 1})
 
     assert committed(broker, TOPICS.predictions_out) == []
 

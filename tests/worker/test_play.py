@@ -45,6 +45,9 @@ class RecordingBroker:
     def follow(self, topics: Sequence[str], *, from_beginning: bool) -> Iterator[list[Record]]:
         raise NotImplementedError(topics, from_beginning)
 
+    def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
+        raise NotImplementedError(topics)
+
     def close(self) -> None: ...
 
 

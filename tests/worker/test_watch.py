@@ -67,6 +67,9 @@ class FakeBroker:
     def publish(self, messages: Iterable[Message]) -> None:
         raise NotImplementedError
 
+    def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
+        raise NotImplementedError
+
     def close(self) -> None:
         raise NotImplementedError
 
