@@ -14,7 +14,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
     *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "bundle", "pipeline"),
-    *("config", "broker", "broker_kafka", "broker_sqlite", "telemetry", "service", "play", "board", "watch"),
+    *(
+        "config",
+        "security",
+        "broker",
+        "watchdog",
+        "broker_kafka",
+        "broker_sqlite",
+        "telemetry",
+        "service",
+        "play",
+        "board",
+        "watch",
+    ),
     *("arguments", "__main__"),
 )
 """The modules of the worker: each may import those before it. A new one needs its place here."""
