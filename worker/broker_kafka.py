@@ -7,6 +7,12 @@ Exactly once is Kafka's transactions with the group's metadata (KIP-447): a sess
 producer that its predecessor of the same instance has left behind, and the group's coordinator
 refuses offsets from a member whose generation has passed. The client of a session is trusted no
 further than its first failure: nothing in it is repaired, and the next session starts afresh.
+
+Many waits of the client have no limit, so every call that talks to the cluster is made through
+`_Cluster.attempt`, which gives it a deadline and words its errors. A call that misses its
+deadline is left behind, and may end late. That harms nothing: before the next session reads an
+offset it has fenced the producer of this one, so what a late commit meets is decided by then. It
+has been committed, and the next session starts behind it, or it never will be.
 """
 
 from __future__ import annotations
@@ -16,8 +22,8 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from kafka import (
     ConsumerRebalanceListener,
@@ -37,6 +43,9 @@ from kafka.net.compat import KafkaNetClient
 from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
 from worker.messages import Message, Record, Topics, TopicSpec
+from worker.watchdog import Watchdog
+
+T = TypeVar("T")
 
 # Seconds. Each bound says which failure it ends.
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
@@ -46,10 +55,12 @@ HEARTBEAT_INTERVAL: Final = 1.0  # a lost heartbeat or two is no death; and so s
 MAX_POLL_INTERVAL: Final = 300.0  # a member that lives and hangs; longer than RESTORE_TIMEOUT and the slowest batch
 INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
 DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
-TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed
+TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed;
+# and one that hangs, for what it does in a transaction later than that the cluster has aborted
 RESTORE_TIMEOUT: Final = 60.0  # states that stay undecided: TRANSACTION_TIMEOUT, the broker's next look, some reading
 SILENCE: Final = 10.0  # an outage, which a poll cannot tell from a quiet topic, so ask after this
 CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
+GRACE: Final = 5.0  # a client that does not keep the bounds above, which it should have kept by so long after them
 IDLE: Final = 1.0  # how long `follow` waits before it says that nothing came
 
 # Bytes. Bounds on memory; a single larger record still comes through.
@@ -119,8 +130,9 @@ class KafkaBroker:
             if spec.name not in existing
         }
         if new:
-            with self._cluster.errors("create topics"), self._cluster.admin() as admin:
-                admin.create_topics(new, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
+            self._cluster.attempt(
+                "create topics", CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, lambda: self._create(new)
+            )
         return list(new)
 
     def join(self, group: str, instance: str) -> KafkaSession:
@@ -141,27 +153,35 @@ class KafkaBroker:
             Retryable: some of the messages may not have been written.
             Fatal: access is refused, or a message is too large.
         """
-        with self._cluster.errors("publish"):
-            if self._publisher is None:
-                self._publisher = self._cluster.producer()
-            try:
-                _delivered(self._publisher, [_send(self._publisher, message) for message in messages])
-            except kafka_errors.KafkaError:
-                self._close_publisher()
-                raise
+        wanted = list(messages)
+        if self._publisher is None:
+            self._publisher = self._cluster.producer()
+        producer = self._publisher
+
+        def publish() -> None:
+            _delivered(producer, [_send(producer, message) for message in wanted])
+
+        try:
+            self._cluster.attempt("publish", INIT_TIMEOUT + DELIVERY_TIMEOUT + GRACE, publish)
+        except EarshotError:
+            self._close_publisher()
+            raise
 
     def follow(self, topics: Sequence[str], *, from_beginning: bool) -> Iterator[list[Record]]:
         """Yield the committed records of ``topics`` for ever, from the beginning or from the moment of this call."""
         partitions = self._cluster.logs(topics)
         consumer = self._cluster.consumer()
         self._followers.add(consumer)
-        with self._cluster.errors("follow"):
+
+        def start() -> None:
             consumer.assign(partitions)
             seek = consumer.seek_to_beginning if from_beginning else consumer.seek_to_end
             seek(*partitions)
             for partition in partitions:
                 if consumer.position(partition, timeout_ms=_ms(REQUEST_TIMEOUT)) is None:
                     raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
+
+        self._cluster.attempt("follow", REQUEST_TIMEOUT + GRACE, start)
         return self._follow(consumer)
 
     def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
@@ -171,40 +191,39 @@ class KafkaBroker:
             Retryable: nothing comes, and no transaction ends, for `RESTORE_TIMEOUT`.
         """
         partitions = self._cluster.logs(topics)
-        with self._cluster.errors("read"), self._cluster.admin() as admin:
-            # Where the logs end, decided or not: the marker that ends a transaction may still be on its way.
-            found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        ends = self._cluster.ends(partitions)
         consumer = self._cluster.consumer()
         self._followers.add(consumer)
-        with self._cluster.errors("read"):
-            consumer.assign(partitions)
-            consumer.seek_to_beginning(*partitions)
-        return self._read(consumer, {partition: found[partition].offset for partition in partitions})
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
+        return self._read(consumer, ends)
 
     def close(self) -> None:
         """Free the connections; sessions are closed on their own."""
         self._close_publisher()
         while self._followers:
-            _close_consumer(self._followers.pop())
+            self._cluster.farewell(_closing_consumer(self._followers.pop()))
 
     def _follow(self, consumer: Any) -> Iterator[list[Record]]:
         try:
             while True:
-                with self._cluster.errors("follow"):
-                    polled = consumer.poll(timeout_ms=_ms(IDLE))
-                yield _records(polled)
+                yield self._cluster.attempt(
+                    "follow", IDLE + GRACE, lambda: _records(consumer.poll(timeout_ms=_ms(IDLE)))
+                )
         finally:
             self._followers.discard(consumer)
-            _close_consumer(consumer)
+            self._cluster.farewell(_closing_consumer(consumer))
 
     def _read(self, consumer: Any, ends: Mapping[Any, int]) -> Iterator[list[Record]]:
+        def read() -> tuple[list[Record], dict[Any, int]]:
+            records = _records(consumer.poll(timeout_ms=_ms(IDLE)))
+            return records, {partition: consumer.position(partition, _ms(IDLE)) or 0 for partition in behind}
+
         try:
             behind = {partition: 0 for partition, end in ends.items() if end > 0}
             deadline = time.monotonic() + RESTORE_TIMEOUT
             while behind:
-                with self._cluster.errors("read"):
-                    records = _records(consumer.poll(timeout_ms=_ms(IDLE)))
-                    positions = {partition: consumer.position(partition, _ms(IDLE)) or 0 for partition in behind}
+                records, positions = self._cluster.attempt("read", RESTORE_TIMEOUT + GRACE, read)
                 if positions != behind:
                     deadline = time.monotonic() + RESTORE_TIMEOUT
                 if time.monotonic() > deadline:
@@ -216,12 +235,16 @@ class KafkaBroker:
                 behind = {partition: at for partition, at in positions.items() if at < ends[partition]}
         finally:
             self._followers.discard(consumer)
-            _close_consumer(consumer)
+            self._cluster.farewell(_closing_consumer(consumer))
+
+    def _create(self, topics: Mapping[str, Mapping[str, Any]]) -> None:
+        with self._cluster.admin() as admin:
+            admin.create_topics(topics, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
 
     def _close_publisher(self) -> None:
         producer, self._publisher = self._publisher, None
         if producer is not None:
-            _close_producer(producer)
+            self._cluster.farewell(_closing_producer(producer))
 
 
 class KafkaSession:
@@ -235,26 +258,25 @@ class KafkaSession:
         self._changes = _Changes()
         self._heard = -math.inf
         self._closed = False
-        with cluster.errors("join"):
-            self._producer = cluster.producer(
-                transactional_id=f"earshot-{group}-{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
+        self._producer = cluster.producer(
+            transactional_id=f"earshot-{group}-{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
+        )
+        try:
+            # Before any offset is read: this aborts or completes what the last session left open.
+            cluster.attempt("join", INIT_TIMEOUT + GRACE, self._producer.init_transactions)
+            self._consumer = cluster.consumer(
+                group_id=group,
+                # A restarted worker takes its partitions over at once, and an older self is fenced.
+                group_instance_id=instance,
+                session_timeout_ms=_ms(SESSION_TIMEOUT),
+                heartbeat_interval_ms=_ms(HEARTBEAT_INTERVAL),
+                max_poll_interval_ms=_ms(MAX_POLL_INTERVAL),
+                partition_assignment_strategy=[CooperativeStickyAssignor],
             )
-            try:
-                # Before any offset is read: this aborts or completes what the last session left open.
-                self._producer.init_transactions()
-                self._consumer = cluster.consumer(
-                    group_id=group,
-                    # A restarted worker takes its partitions over at once, and an older self is fenced.
-                    group_instance_id=instance,
-                    session_timeout_ms=_ms(SESSION_TIMEOUT),
-                    heartbeat_interval_ms=_ms(HEARTBEAT_INTERVAL),
-                    max_poll_interval_ms=_ms(MAX_POLL_INTERVAL),
-                    partition_assignment_strategy=[CooperativeStickyAssignor],
-                )
-            except BaseException:
-                _close_producer(self._producer)
-                raise
-            self._consumer.subscribe([topics.audio_in], listener=self._changes)
+        except BaseException:
+            cluster.farewell(_closing_producer(self._producer))
+            raise
+        self._consumer.subscribe([topics.audio_in], listener=self._changes)
 
     def poll(self, timeout: float, max_records: int) -> Polled:
         """Return records of ``audio.in`` and what has changed; first of all, and after a silence, look at the topics.
@@ -264,8 +286,11 @@ class KafkaSession:
         if time.monotonic() - self._heard > SILENCE:
             self._cluster.require(self._topics)
             self._heard = time.monotonic()
-        with self._cluster.errors("poll"):
-            records = _records(self._consumer.poll(timeout_ms=_ms(timeout), max_records=max_records))
+        records = self._cluster.attempt(
+            "poll",
+            timeout + GRACE,
+            lambda: _records(self._consumer.poll(timeout_ms=_ms(timeout), max_records=max_records)),
+        )
         if records:
             self._heard = time.monotonic()
         return Polled(records, *self._changes.take())
@@ -286,23 +311,29 @@ class KafkaSession:
             return iter(())
         deadline = time.monotonic() + RESTORE_TIMEOUT
         latest: dict[tuple[int, bytes | None], Record] = {}
-        with self._cluster.errors("restore"), contextlib.ExitStack() as stack:
-            with self._cluster.admin() as admin:
-                ends = admin.list_partition_offsets(dict.fromkeys(wanted, OffsetSpec.LATEST))
-            consumer = self._cluster.consumer()
-            stack.callback(_close_consumer, consumer)
+        ends = self._cluster.ends(wanted)
+        consumer = self._cluster.consumer()
+
+        def read() -> None:
+            for record in _records(consumer.poll(timeout_ms=_ms(IDLE))):
+                latest[record.partition, record.key] = record
+            for partition in list(behind):
+                if (consumer.position(partition, _ms(IDLE)) or 0) >= ends[partition]:
+                    behind.remove(partition)
+
+        try:
             consumer.assign(wanted)
             consumer.seek_to_beginning(*wanted)
-            behind = {partition for partition in wanted if ends[partition].offset > 0}
+            behind = {partition for partition in wanted if ends[partition] > 0}
             while behind:
                 if time.monotonic() > deadline:
                     raise Retryable(
                         f"drift.state cannot be restored within {RESTORE_TIMEOUT:.0f} s from {self._cluster}: "
                         f"a transaction is still open in {sorted(partition.partition for partition in behind)}"
                     )
-                for record in _records(consumer.poll(timeout_ms=_ms(IDLE))):
-                    latest[record.partition, record.key] = record
-                behind = {p for p in behind if (consumer.position(p, _ms(IDLE)) or 0) < ends[p].offset}
+                self._cluster.attempt("restore", RESTORE_TIMEOUT + GRACE, read)
+        finally:
+            self._cluster.farewell(_closing_consumer(consumer))
         return (record for record in latest.values() if record.value is not None)
 
     @contextlib.contextmanager
@@ -322,33 +353,27 @@ class KafkaSession:
         A block that raises `Retryable` is not aborted here, since that may wait for the broker that
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
-        with self._cluster.errors("begin a transaction"):
-            self._producer.begin_transaction()  # 1
+        self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
         transaction = KafkaTransaction(self._cluster, self._topics, self._producer)
         try:
             yield transaction  # 2
-        except (
-            Retryable,
-            GeneratorExit,
-        ):  # the latter: nobody will finish this block, and whoever clears it must not wait
+        except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and whoever clears it must not wait
             raise
         except BaseException:
             # An abort that fails leaves a producer that begins no other transaction.
-            with contextlib.suppress(kafka_errors.KafkaError):
-                self._producer.abort_transaction()
+            with contextlib.suppress(EarshotError):
+                self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
             raise
-        with self._cluster.errors("commit"):
-            self._commit(transaction)
+        self._cluster.attempt("commit", TRANSACTION_TIMEOUT, lambda: self._commit(transaction))  # 3 to 6
 
     def close(self) -> None:
         """Leave the group and free the connections."""
         if self._closed:
             return
         self._closed = True
-        _close_producer(self._producer)
-        with contextlib.suppress(Exception):
-            self._leave()
-        _close_consumer(self._consumer)
+        self._cluster.farewell(_closing_producer(self._producer))
+        self._cluster.farewell(self._leave)
+        self._cluster.farewell(_closing_consumer(self._consumer))
 
     def _leave(self) -> None:
         """Leave the group: a named member does not do so by itself, so that it may come back; we do not mean to.
@@ -363,7 +388,7 @@ class KafkaSession:
                 admin.remove_group_members(self._group, [leaver])
 
     def _commit(self, transaction: KafkaTransaction) -> None:
-        """Take steps 3 to 6; the client waits without a limit in 5 and 6."""
+        """Take steps 3 to 6; in 5 and 6 the client itself would wait for ever."""
         _delivered(self._producer, transaction.results)  # 3
         if transaction.offsets:
             member = self._consumer.group_metadata()  # 4
@@ -385,8 +410,12 @@ class KafkaTransaction:
 
     def send(self, messages: Iterable[Message]) -> None:
         """Hand messages to the producer, which sends them in the background."""
-        with self._cluster.errors("send"):
-            self.results.extend(_send(self._producer, message) for message in messages)
+        wanted = list(messages)
+        self._cluster.attempt(
+            "send",
+            TRANSACTION_TIMEOUT,
+            lambda: self.results.extend(_send(self._producer, message) for message in wanted),
+        )
 
     def commit_offsets(self, offsets: Mapping[int, int]) -> None:
         """Note the next offset to read of each partition of ``audio.in``; they are sent after all messages."""
@@ -438,9 +467,10 @@ class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no typ
 
 
 class _Cluster:
-    """How one cluster is reached: makes its clients, looks at its topics, and words its errors."""
+    """How one cluster is reached: makes its clients, bounds what they do, and words their errors."""
 
     def __init__(self, servers: Sequence[str]) -> None:
+        self._watchdog = Watchdog()
         self._servers = ", ".join(servers)
         self._settings: dict[str, Any] = {
             "bootstrap_servers": list(servers),
@@ -486,16 +516,30 @@ class _Cluster:
 
     def partitions(self, topics: Sequence[str]) -> dict[str, int]:
         """Return the number of partitions of those of ``topics`` that exist."""
-        with self.errors("look at the topics"), self.admin() as admin:
+
+        def look() -> dict[str, int]:
             found = {}
-            for topic in admin.describe_topics(list(topics)):
-                error = kafka_errors.for_code(topic["error_code"])
-                if error is kafka_errors.UnknownTopicOrPartitionError:
-                    continue
-                if error is not kafka_errors.NoError:
-                    raise error(topic["name"])
-                found[topic["name"]] = len(topic["partitions"])
+            with self.admin() as admin:
+                for topic in admin.describe_topics(list(topics)):
+                    error = kafka_errors.for_code(topic["error_code"])
+                    if error is kafka_errors.UnknownTopicOrPartitionError:
+                        continue
+                    if error is not kafka_errors.NoError:
+                        raise error(topic["name"])
+                    found[topic["name"]] = len(topic["partitions"])
             return found
+
+        return self.attempt("look at the topics", CONNECT_TIMEOUT + REQUEST_TIMEOUT + GRACE, look)
+
+    def ends(self, partitions: Iterable[Any]) -> dict[Any, int]:
+        """Return where logs end, decided or not: the marker that ends a transaction may still be on its way."""
+
+        def look() -> dict[Any, int]:
+            with self.admin() as admin:
+                found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+            return {partition: each.offset for partition, each in found.items()}
+
+        return self.attempt("look for the ends of logs", CONNECT_TIMEOUT + REQUEST_TIMEOUT + GRACE, look)
 
     def logs(self, topics: Sequence[str]) -> list[Any]:
         """Return every partition of ``topics``, which have to exist."""
@@ -515,13 +559,22 @@ class _Cluster:
                 f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
             )
 
-    @contextlib.contextmanager
-    def errors(self, attempt: str) -> Iterator[None]:
-        """Turn the client's errors into ours."""
+    def attempt(self, what: str, seconds: float, call: Callable[[], T]) -> T:
+        """Let a client do ``what`` within ``seconds``, and turn its errors into ours."""
+        return self._attempt(what, seconds, call, discard=None)
+
+    def farewell(self, call: Callable[[], Any]) -> None:
+        """Let a client end something, for which nobody waits long and whose failure nobody minds."""
+        with contextlib.suppress(EarshotError):
+            self.attempt("close", CLOSE_TIMEOUT + GRACE, call)
+
+    def _attempt(self, what: str, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None) -> T:
         try:
-            yield
-        except (kafka_errors.KafkaError, ValueError) as error:  # the latter: text that is not UTF-8, no such partition
-            raise self._reaction(error, attempt) from error
+            return self._watchdog.call(seconds, call, discard=discard)
+        except EarshotError:
+            raise
+        except Exception as error:
+            raise self._reaction(error, what) from error
 
     def _reaction(self, error: Exception, attempt: str) -> EarshotError:
         # The client wraps some errors in a plain KafkaError.
@@ -546,11 +599,14 @@ class _Cluster:
             networks.append(KafkaNetClient(**configs))
             return networks[-1]
 
-        try:
+        def connect() -> Any:
             return kind(kafka_client=network, **(self._settings | settings))
+
+        try:
+            return self._attempt("connect", CONNECT_TIMEOUT + GRACE, connect, discard=lambda client: client.close())
         except BaseException:
             for each in networks:
-                each.close()
+                self.farewell(each.close)
             raise
 
 
@@ -605,14 +661,12 @@ def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:
         raise Fatal(f"there is no topic {', '.join(map(repr, missing))}: create it with `earshot-worker topics`")
 
 
-def _close_producer(producer: Any) -> None:
-    with contextlib.suppress(Exception):
-        producer.close(timeout=CLOSE_TIMEOUT)
+def _closing_producer(producer: Any) -> Callable[[], None]:
+    return lambda: producer.close(timeout=CLOSE_TIMEOUT)
 
 
-def _close_consumer(consumer: Any) -> None:
-    with contextlib.suppress(Exception):
-        consumer.close(autocommit=False, timeout_ms=_ms(CLOSE_TIMEOUT))
+def _closing_consumer(consumer: Any) -> Callable[[], None]:
+    return lambda: consumer.close(autocommit=False, timeout_ms=_ms(CLOSE_TIMEOUT))
 
 
 def _ms(seconds: float) -> int:
