@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "bundle", "pipeline"),
+    *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "states", "bundle"),
+    *("hearing", "pipeline"),
     *(
         "config",
         "security",

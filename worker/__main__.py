@@ -63,6 +63,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
     from worker.drift import DriftPolicy
     from worker.pipeline import Pipeline
     from worker.service import Service
+    from worker.states import Retention
 
     if not config.model:
         raise Fatal("no model is given: --model FOLDER, a bundle written by `earshot-trainer fit`")
@@ -74,6 +75,8 @@ def _run(config: Config, _: dict[str, Any]) -> int:
         topics,
         Limits(max_bytes=config.max_record_bytes, max_seconds=config.max_record_seconds),
         DriftPolicy(block_seconds=config.drift_block_seconds, delta=config.drift_delta, quorum=config.drift_quorum),
+        Retention(max_sources=config.max_sources, forget_after=config.forget_after),
+        reset_state=config.reset_state,
     )
     with closing(_broker(config.broker, topics)) as broker:
         log.info("started", model=bundle.id.name, version=bundle.id.version, hash=bundle.id.hash, broker=config.broker)
@@ -83,6 +86,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
             group=config.group,
             instance=config.instance,
             max_batch_records=config.max_batch_records,
+            max_batch_bytes=config.max_batch_bytes,
             poll_seconds=config.poll_seconds,
             give_up_seconds=config.give_up_seconds,
             stop=stop,

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _setting(run, "--group", help="the consumer group; its members share the partitions")
     _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
     _setting(run, "--max-batch-records", metavar="N", help="records in one transaction at the most")
+    _setting(run, "--max-batch-bytes", metavar="N", help="bytes in one transaction at the most, or one larger record")
     _setting(run, "--poll-seconds", metavar="S", help="how long one poll waits for records")
     _setting(run, "--give-up-seconds", metavar="S", help="end with status 4 after so long without the broker")
     _setting(run, "--max-record-bytes", metavar="N", help="a larger record is rejected")
@@ -55,6 +56,16 @@ def parser() -> argparse.ArgumentParser:
     _setting(run, "--drift-block-seconds", metavar="S", help="sound averaged before a detector sees it")
     _setting(run, "--drift-delta", metavar="D", help="ADWIN's confidence parameter")
     _setting(run, "--drift-quorum", metavar="N", help="signals that must have changed for one event")
+    _setting(run, "--max-sources", metavar="N", help="sources a partition remembers; the least recent is forgotten")
+    _setting(
+        run, "--forget-after", metavar="N", help="a source silent for so many records of its partition is forgotten"
+    )
+    run.add_argument(
+        "--reset-state",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="where a drift state cannot be read, start the detectors of that source anew (end with status 1)",
+    )
     _setting(run, "--log-format", metavar="auto|console|json", help="what the log on standard error looks like")
     _setting(run, "--log-level", metavar="LEVEL", help="debug, info, warning or error")
 

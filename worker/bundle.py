@@ -88,7 +88,13 @@ class Bundle:
     """A verified model: the featurizer, the forest and the profile that belong together."""
 
     def __init__(
-        self, manifest: Manifest, id: ModelId, featurizer: Featurizer, forest: Forest, profile: ReferenceProfile
+        self,
+        manifest: Manifest,
+        id: ModelId,
+        featurizer: Featurizer,
+        forest: Forest,
+        profile: ReferenceProfile,
+        goldens: Sequence[Golden],
     ) -> None:
         self.manifest = manifest
         self.id = id
@@ -96,6 +102,7 @@ class Bundle:
         self.profile = profile
         self.watched = [featurizer.feature_names.index(name) for name in manifest.watched]
         self._forest = forest
+        self._goldens = goldens
 
     def scores(self, features: NDArray[np.float32]) -> Vector:
         """Return what the forest says of each row of ``features``, shape (n, features).
@@ -105,6 +112,37 @@ class Bundle:
             standard deviation over the trees, shape (n, 2).
         """
         return scores(self._forest, features)
+
+    def replay(self) -> None:
+        """Hold the golden clips against what the trainer saw.
+
+        Raises:
+            BadModel: one of them gives something else; the text says what differs.
+        """
+        if not self._goldens:
+            raise BadModel(f"{GOLDEN} holds no clip: nothing shows that this model still does what it did")
+        for number, golden in enumerate(self._goldens):
+            self._replay(number, golden)
+
+    def _replay(self, number: int, expected: Golden) -> None:
+        features = self.featurizer.transform(_golden_windows(self.featurizer, expected.wav))
+        if features.shape != expected.features.shape:
+            raise BadModel(f"golden clip {number} gives {features.shape}, expected {expected.features.shape}")
+        off = np.abs(features - expected.features) / np.maximum(np.abs(expected.features), 1.0)
+        window, column = np.unravel_index(int(np.argmax(off)), off.shape)
+        if not off[window, column] <= FEATURE_TOLERANCE:
+            raise BadModel(
+                f"golden clip {number} does not give the trainer's features: {self.featurizer.feature_names[column]} is"
+                f" {features[window, column]:.6g}, expected {expected.features[window, column]:.6g}"
+            )
+        # From the same features the forest must give the same scores to the last bit: it only compares and adds.
+        got = self.scores(expected.features)
+        if not np.array_equal(got, expected.scores):
+            window, column = np.argwhere(got != expected.scores)[0]
+            raise BadModel(
+                f"golden clip {number} does not give the trainer's scores: output {column} of window"
+                f" {window} is {got[window, column]:.6g}, expected {expected.scores[window, column]:.6g}"
+            )
 
 
 def scores(forest: Forest, features: NDArray[np.float32]) -> Vector:
@@ -202,10 +240,13 @@ def load(path: Path) -> Bundle:
         _expect(f"the classes of {FOREST}", flat.classes or (), manifest.classes)
         _expect(f"the features of {FOREST}", flat.n_features, len(featurizer.feature_names))
         _expect(f"the signals of {PROFILE}", profile.names, signal_names(manifest.classes, manifest.watched))
-        bundle = Bundle(manifest, identity, featurizer, flat, profile)
+        bundle = Bundle(manifest, identity, featurizer, flat, profile, _unpack(contents[GOLDEN]))
     except (ValueError, msgspec.MsgspecError) as error:
         raise BadModel(f"the parts of {path} do not fit each other: {error}") from error
-    _replay(path, bundle, contents[GOLDEN])
+    try:
+        bundle.replay()
+    except BadModel as error:
+        raise BadModel(f"{path}: {error}") from error
     return bundle
 
 
@@ -245,33 +286,6 @@ def _unpickle(path: Path, name: str, contents: dict[str, bytes]) -> Any:
 def _expect(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"{what} are {found}, expected {expected}")
-
-
-def _replay(path: Path, bundle: Bundle, packed: bytes) -> None:
-    """Hold the golden clips against what the trainer saw."""
-    names = bundle.featurizer.feature_names
-    goldens = _unpack(packed)
-    if not goldens:
-        raise BadModel(f"{path / GOLDEN} holds no clip: nothing shows that this model still does what it did")
-    for number, expected in enumerate(goldens):
-        features = bundle.featurizer.transform(_golden_windows(bundle.featurizer, expected.wav))
-        if features.shape != expected.features.shape:
-            raise BadModel(f"golden clip {number} of {path} gives {features.shape}, expected {expected.features.shape}")
-        off = np.abs(features - expected.features) / np.maximum(np.abs(expected.features), 1.0)
-        window, column = np.unravel_index(int(np.argmax(off)), off.shape)
-        if not off[window, column] <= FEATURE_TOLERANCE:
-            raise BadModel(
-                f"golden clip {number} of {path} does not give the trainer's features: {names[column]} is"
-                f" {features[window, column]:.6g}, expected {expected.features[window, column]:.6g}"
-            )
-        # From the same features the forest must give the same scores to the last bit: it only compares and adds.
-        got = bundle.scores(expected.features)
-        if not np.array_equal(got, expected.scores):
-            window, column = np.argwhere(got != expected.scores)[0]
-            raise BadModel(
-                f"golden clip {number} of {path} does not give the trainer's scores: output {column} of window"
-                f" {window} is {got[window, column]:.6g}, expected {expected.scores[window, column]:.6g}"
-            )
 
 
 def _golden_windows(featurizer: Featurizer, wav: bytes) -> NDArray[np.float32]:

@@ -32,6 +32,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     instance: str = msgspec.field(default_factory=socket.gethostname)
     topic_prefix: str = ""
     max_batch_records: Count = 256
+    max_batch_bytes: Count = 32 * 1024**2
     poll_seconds: Positive = 1.0
     give_up_seconds: Positive = 300.0
     max_record_bytes: Count = 8 * 1024**2
@@ -39,6 +40,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drift_block_seconds: Positive = 10.0
     drift_delta: Annotated[float, Meta(gt=0, lt=1)] = 0.002
     drift_quorum: Count = 3
+    max_sources: Count = 1_000
+    forget_after: Count = 100_000_000
+    reset_state: bool = False
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -34,7 +34,7 @@ from worker.errors import Fatal
 from worker.messages import SignalShift
 from worker.profile import ReferenceProfile, Vector
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 
 MAX_BLOCKS: Final = 128
 """Block means a source remembers: bounds a state at 13 kB for 20 signals. On reaching it the older half
@@ -97,6 +97,7 @@ class _Saved(msgspec.Struct, frozen=True, array_like=True):
     suspects: dict[int, int]
     baseline: int
     last_fired: int | None
+    heard: int
 
 
 def fingerprint(profile: ReferenceProfile, policy: DriftPolicy) -> str:
@@ -108,13 +109,15 @@ class SourceState:
     """The detectors of one source in one partition.
 
     `update` changes it in place. If the transaction that carries the result fails, the state is
-    thrown away with the session and read again from the log.
+    thrown away with the session and read again from the log. ``heard`` is the offset of the last
+    record that it has taken in.
     """
 
     def __init__(self, profile: ReferenceProfile, policy: DriftPolicy) -> None:
         self._names = profile.names
         self._policy = policy
         self._fingerprint = fingerprint(profile, policy)
+        self.heard = -1
         size = len(self._names)
         self._seconds = 0.0
         self._sums = np.zeros(size)
@@ -142,6 +145,7 @@ class SourceState:
         Returns:
             The shift, if this record has proven one.
         """
+        self.heard = offset
         if self._seconds == 0:
             self._offset, self._time = offset, time
         finite = np.isfinite(observation)
@@ -249,6 +253,7 @@ class SourceState:
                 suspects=self._suspects,
                 baseline=self._baseline,
                 last_fired=self._last_fired,
+                heard=self.heard,
             )
         )
 
@@ -288,6 +293,7 @@ class SourceState:
         self._seconds, self._offset, self._time = saved.seconds, saved.offset, saved.time
         self._next_block, self._starts = saved.next_block, saved.starts
         self._suspects, self._baseline, self._last_fired = saved.suspects, saved.baseline, saved.last_fired
+        self.heard = saved.heard
         self._replay()
 
 

@@ -27,6 +27,7 @@ Reason = Literal[
     "bad-rate",
     "bad-channels",
     "non-finite",
+    "internal-error",
 ]
 """Why a record was rejected: one word a program can switch on."""
 

@@ -1,7 +1,6 @@
 """The whole flow, pure: records and states in; outputs, offsets and states out.
 
-    Record -> messages.decode -> audio.waveform -> Featurizer (one call a batch)
-           -> forest (one call a batch) -> drift (per source) -> Batch
+    Record -> hearing (decode, featurize, predict) -> drift (per source) -> Batch
 
 There is no client, clock, environment or file in here: the service around it polls the records,
 and commits a `Batch` in one transaction. What comes out depends on the log alone, never on how
@@ -10,165 +9,150 @@ the log was cut into batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from worker import audio, messages
 from worker.bundle import Bundle
-from worker.drift import DriftPolicy, Shift, SourceState
-from worker.errors import BadRecord
-from worker.messages import Chunk, Classification, DriftDetected, Message, Prediction, Record, Regression, Topics
-from worker.profile import Vector, raw_signals
+from worker.drift import DriftPolicy, Shift
+from worker.errors import BadRecord, Fatal, Reason
+from worker.hearing import Heard, Hearing
+from worker.messages import DriftDetected, Message, Record, Topics
+from worker.states import Retention, Sources
 
-States = dict[tuple[int, str], SourceState]
-"""The detectors by partition of ``audio.in`` and source."""
+States = dict[int, Sources]
+"""The detectors by partition of ``audio.in``."""
 
 
 class Batch(NamedTuple):
     """What a run has made of its records; it is committed as a whole or not at all.
 
-    ``outputs`` are predictions, rejections, drift events and the new drift states; ``offsets``
-    holds the next offset to read of each partition. The counts are for the log and the metrics.
+    ``outputs`` are predictions, rejections, drift events and what has changed of the drift states;
+    ``offsets`` holds the next offset to read of each partition. The rest is for the log and the
+    metrics: ``silent`` and ``crowded_out`` count the sources that were forgotten (see
+    `worker.states`), and ``failure`` is the first unexpected exception that cost a record.
     """
 
     outputs: list[Message]
     offsets: dict[int, int]
     predictions: int
-    rejections: int
-    drifts: int
+    rejections: Counter[Reason]
+    drifts: int = 0
+    silent: int = 0
+    crowded_out: int = 0
+    failure: BaseException | None = None
 
 
-class _Heard(NamedTuple):
-    """A record whose sound is ready: its windows, shape (windows, samples), and how long it was."""
+class Restored(NamedTuple):
+    """How many sources came back, were another model's, and could not be read and start anew."""
 
-    record: Record
-    chunk: Chunk
-    windows: NDArray[np.float32]
-    seconds: float
-    padded: bool
+    sources: int
+    foreign: int
+    unreadable: int
 
 
 class Pipeline:
-    """A model and its settings, ready to turn records into batches."""
+    """A model and its settings, ready to turn records into batches.
 
-    def __init__(self, bundle: Bundle, topics: Topics, limits: audio.Limits, policy: DriftPolicy) -> None:
+    With ``reset_state`` a state that cannot be read is given up, and its source starts anew.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        topics: Topics,
+        limits: audio.Limits,
+        policy: DriftPolicy,
+        retention: Retention,
+        *,
+        reset_state: bool = False,
+    ) -> None:
         self._bundle = bundle
         self._topics = topics
-        self._limits = limits
+        self._hearing = Hearing(bundle, limits)
         self._policy = policy
+        self._retention = retention
+        self._reset_state = reset_state
 
     def run(self, states: States, records: Sequence[Record]) -> Batch:
         """Process ``records``, which are in offset order within each partition.
 
         ``states`` is brought up to date in place. If the batch is not committed it is worthless,
         and must be read again from ``drift.state``.
-        """
-        outputs: list[Message] = []
-        heard: list[_Heard] = []
-        for record in records:
-            try:
-                heard.append(self._hear(record))
-            except BadRecord as why:
-                outputs.append(messages.rejection_message(self._topics, record, why))
-        rejections = len(outputs)
-        drifts = 0
-        if heard:
-            scores, features = self._score(heard)
-            signals = self._signals(scores, features)
-            for each, row, observation in zip(heard, scores, signals, strict=True):
-                outputs.append(self._predict(each, row))
-                shift = self._watch(states, each, observation)
-                if shift is not None:
-                    drifts += 1
-                    outputs += self._announce(each, shift)
-        touched = dict.fromkeys((each.record.partition, each.chunk.source) for each in heard)
-        outputs += [self._save(partition, source, states[partition, source]) for partition, source in touched]
-        offsets = {record.partition: record.offset + 1 for record in records}
-        return Batch(outputs, offsets, len(heard), rejections, drifts)
-
-    def restore(self, states: States, record: Record) -> bool:
-        """Put one record of ``drift.state`` back into ``states``; False if it is another model's.
 
         Raises:
-            Fatal: the state cannot be read.
+            Fatal: something is wrong that is not about a record.
         """
-        state = SourceState.decode(record.value or b"", self._bundle.profile, self._policy)
-        if state is None:
-            return False
-        states[record.partition, (record.key or b"").decode()] = state
-        return True
+        outputs: list[Message] = []
+        rejections: Counter[Reason] = Counter()
+        drifts = silent = crowded_out = 0
+        failure: BaseException | None = None
+        for record, heard in self._hearing.hear(records):
+            if isinstance(heard, BadRecord):
+                outputs.append(messages.rejection_message(self._topics, record, heard))
+                rejections[heard.reason] += 1
+                failure = failure or heard.__cause__
+                continue
+            outputs.append(messages.prediction_message(self._topics, record, heard.prediction))
+            shift = self._watch(states, record, heard)
+            if shift is not None:
+                drifts += 1
+                outputs += self._announce(record, heard, shift)
+        offsets = {record.partition: record.offset + 1 for record in records}
+        for partition in offsets:
+            changes = self._sources(states, partition).changes()
+            outputs += [
+                Message(self._topics.drift_state, key, value, partition=partition)
+                for key, value in changes.values.items()
+            ]
+            silent += changes.silent
+            crowded_out += changes.crowded_out
+        predictions = len(records) - rejections.total()
+        return Batch(outputs, offsets, predictions, rejections, drifts, silent, crowded_out, failure)
 
-    def _hear(self, record: Record) -> _Heard:
-        chunk = messages.decode(record)
-        featurizer = self._bundle.featurizer
-        sound = audio.waveform(chunk.data, chunk.content_type, featurizer.spec.sample_rate, self._limits)
-        windows = featurizer.windows(sound.samples)
-        padded = len(sound.samples) < windows.shape[1]
-        return _Heard(record, chunk, windows, sound.duration, padded)
+    def restore(self, states: States, records: Iterable[Record]) -> Restored:
+        """Put records of ``drift.state`` back into ``states``.
 
-    def _score(self, heard: Sequence[_Heard]) -> tuple[Vector, NDArray[np.float32]]:
-        """Return scores and features of each record: the means over its windows."""
-        features = self._bundle.featurizer.transform(np.concatenate([each.windows for each in heard]))
-        scores = self._bundle.scores(features)
-        if len(features) == len(heard):
-            return scores, features
-        ends = np.cumsum([len(each.windows) for each in heard])
-        spans = [slice(end - len(each.windows), end) for end, each in zip(ends, heard, strict=True)]
-        return (
-            np.array([scores[span].mean(axis=0) for span in spans]),
-            np.array([features[span].mean(axis=0, dtype=np.float64) for span in spans], np.float32),
+        Raises:
+            Fatal: a state cannot be read, and that was not to be put up with.
+        """
+        restored = foreign = unreadable = 0
+        for record in records:
+            sources, key = self._sources(states, record.partition), record.key or b""
+            try:
+                known = sources.restore(key, record.value or b"")
+            except Fatal as error:
+                if not self._reset_state:
+                    raise Fatal(
+                        f"the state of source {key!r} in partition {record.partition} of {record.topic}: {error}; "
+                        "`earshot-worker run --reset-state` starts the detectors of such sources anew"
+                    ) from error
+                sources.give_up(key)
+                unreadable += 1
+            else:
+                restored += known
+                foreign += not known
+        return Restored(restored, foreign, unreadable)
+
+    def _sources(self, states: States, partition: int) -> Sources:
+        if partition not in states:
+            states[partition] = Sources(self._bundle.profile, self._policy, self._retention)
+        return states[partition]
+
+    def _watch(self, states: States, record: Record, heard: Heard) -> Shift | None:
+        return self._sources(states, record.partition).update(
+            heard.chunk.source,
+            heard.signals,
+            seconds=heard.prediction.duration,
+            offset=record.offset,
+            time=heard.chunk.time,
         )
 
-    def _signals(self, scores: Vector, features: NDArray[np.float32]) -> Vector:
-        bundle = self._bundle
-        raw = raw_signals(scores, features, bundle.watched, classifier=bundle.manifest.task == "classification")
-        return bundle.profile.standardise(raw)
-
-    def _predict(self, heard: _Heard, scores: Vector) -> Message:
-        return messages.prediction_message(self._topics, heard.record, self._prediction(heard, scores))
-
-    def _prediction(self, heard: _Heard, scores: Vector) -> Prediction:
-        manifest = self._bundle.manifest
-        place = messages.position(heard.record, heard.chunk.time)
-        source, seconds, windows = heard.chunk.source, heard.seconds, len(heard.windows)
-        if manifest.task == "regression":
-            value, spread = scores.tolist()
-            return Regression(
-                source, manifest.label, value, spread, seconds, windows, heard.padded, place, self._bundle.id
-            )
-        best = int(np.argmax(scores))
-        probabilities = dict(zip(manifest.classes, scores.tolist(), strict=True))
-        label = manifest.classes[best]
-        return Classification(
-            source,
-            label,
-            probabilities[label],
-            probabilities,
-            seconds,
-            windows,
-            heard.padded,
-            place,
-            self._bundle.id,
-        )
-
-    def _watch(self, states: States, heard: _Heard, observation: Vector) -> Shift | None:
-        key = heard.record.partition, heard.chunk.source
-        state = states.get(key)
-        if state is None:
-            state = states[key] = SourceState(self._bundle.profile, self._policy)
-        return state.update(observation, seconds=heard.seconds, offset=heard.record.offset, time=heard.chunk.time)
-
-    def _announce(self, heard: _Heard, shift: Shift) -> tuple[Message, Message]:
-        record = heard.record
+    def _announce(self, record: Record, heard: Heard, shift: Shift) -> tuple[Message, Message]:
         since = messages.Position(
             record.topic, record.partition, shift.since_offset, messages.instant(shift.since_time)
         )
         detected = messages.position(record, heard.chunk.time)
         event = DriftDetected(heard.chunk.source, shift.signals, since, detected, self._bundle.id)
         return messages.drift_messages(self._topics, record, event)
-
-    def _save(self, partition: int, source: str, state: SourceState) -> Message:
-        return Message(self._topics.drift_state, source.encode(), state.encode(), partition=partition)

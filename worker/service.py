@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from threading import Event
 from typing import Final
 
 from worker.broker import Broker, Session
 from worker.errors import Retryable
-from worker.pipeline import Pipeline, States
+from worker.messages import Record
+from worker.pipeline import Batch, Pipeline, States
 from worker.telemetry import Log
 
 FIRST_PAUSE: Final = 0.5
@@ -28,6 +30,9 @@ LONGEST_PAUSE: Final = 15.0
 SETTLED: Final = 15.0
 """Seconds from which on an idle session is a healthy one. Joining takes a few, and a session that
 fails as soon as it has something to commit must not look healthy because it could join."""
+
+PROGRESS: Final = 5.0
+"""Seconds between two signs of life while states are restored."""
 
 
 class GaveUp(Retryable):
@@ -45,6 +50,7 @@ class Service:
         group: str,
         instance: str,
         max_batch_records: int,
+        max_batch_bytes: int,
         poll_seconds: float,
         give_up_seconds: float,
         stop: Event,
@@ -56,6 +62,7 @@ class Service:
         self._group = group
         self._instance = instance
         self._max_batch_records = max_batch_records
+        self._max_batch_bytes = max_batch_bytes
         self._poll_seconds = poll_seconds
         self._give_up_seconds = give_up_seconds
         self._stop = stop
@@ -96,29 +103,82 @@ class Service:
             records, assigned, revoked = session.poll(self._poll_seconds, self._max_batch_records)
             started = self._clock()
             if assigned or revoked:
-                for key in [key for key in states if key[0] in revoked]:
-                    del states[key]
+                for partition in revoked:
+                    states.pop(partition, None)
                 self._restore(session, states, assigned)
-                self._log.info("assigned", new=sorted(assigned), gone=sorted(revoked), sources=len(states))
-            if not records:
-                if started >= settled:
-                    self._last_advance = started
-                continue
-            batch = self._pipeline.run(states, records)
-            with session.transaction() as transaction:
-                transaction.send(batch.outputs)
-                transaction.commit_offsets(batch.offsets)
-            self._last_advance = self._clock()
-            self._log.info(
-                "committed",
-                records=len(records),
-                predictions=batch.predictions,
-                rejections=batch.rejections,
-                drifts=batch.drifts,
-                seconds=round(self._last_advance - started, 4),
-            )
+                sources = sum(len(each) for each in states.values())
+                self._log.info("assigned", new=sorted(assigned), gone=sorted(revoked), sources=sources)
+            if not records and started >= settled:
+                self._last_advance = started
+            for part in _parts(records, self._max_batch_bytes):
+                self._process(session, states, part)
+
+    def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:
+        """Run the pipeline and commit what it has made, in one transaction."""
+        started = self._clock()
+        batch = self._pipeline.run(states, records)
+        with session.transaction() as transaction:
+            transaction.send(batch.outputs)
+            transaction.commit_offsets(batch.offsets)
+        self._last_advance = self._clock()
+        self._tell(batch, seconds=round(self._last_advance - started, 4))
+
+    def _tell(self, batch: Batch, *, seconds: float) -> None:
+        """Log a batch that was committed: for the operator only what is not everyday."""
+        rejections = batch.rejections.total()
+        self._log.debug(
+            "committed",
+            records=batch.predictions + rejections,
+            predictions=batch.predictions,
+            rejections=rejections,
+            drifts=batch.drifts,
+            seconds=seconds,
+        )
+        if batch.drifts:
+            self._log.info("drift", events=batch.drifts)
+        if rejections:
+            self._log.warning("rejected", records=rejections, reasons=dict(sorted(batch.rejections.items())))
+        if batch.failure is not None:
+            trace = "".join(traceback.format_exception(batch.failure))
+            self._log.error("internal_error", records=batch.rejections["internal-error"], first=trace)
+        if batch.silent:
+            self._log.info("sources.forgotten", sources=batch.silent, why="silent for --forget-after records")
+        if batch.crowded_out:
+            self._log.warning("sources.forgotten", sources=batch.crowded_out, why="more than --max-sources")
 
     def _restore(self, session: Session, states: States, partitions: frozenset[int]) -> None:
-        foreign = sum(not self._pipeline.restore(states, record) for record in session.restore(partitions))
-        if foreign:
-            self._log.warning("state.of_another_model", sources=foreign, effect="their detectors start anew")
+        if not partitions:
+            return
+        self._log.info("restoring", partitions=sorted(partitions))
+        restored = self._pipeline.restore(states, self._counted(session.restore(partitions)))
+        if restored.foreign:
+            self._log.warning("state.of_another_model", sources=restored.foreign, effect="their detectors start anew")
+        if restored.unreadable:
+            self._log.warning("state.reset", sources=restored.unreadable, effect="their detectors start anew")
+
+    def _counted(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Pass on the states that are restored, and say now and then how far that is."""
+        told = self._clock()
+        for count, record in enumerate(records):
+            if self._clock() - told >= PROGRESS:
+                told = self._clock()
+                self._log.info("restoring", sources=count)
+            yield record
+
+
+def _parts(records: Sequence[Record], max_bytes: int) -> Iterator[list[Record]]:
+    """Cut records into transactions of at most ``max_bytes``, or of one record that is larger.
+
+    All of them are processed before the next poll, so nothing is held across it.
+    """
+    part: list[Record] = []
+    size = 0
+    for record in records:
+        bytes_ = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v) for n, v in record.headers)
+        if part and size + bytes_ > max_bytes:
+            yield part
+            part, size = [], 0
+        part.append(record)
+        size += bytes_
+    if part:
+        yield part

@@ -30,6 +30,7 @@ from worker.audio import UNLIMITED
 from worker.drift import DriftPolicy
 from worker.messages import Classification, Record, Topics
 from worker.pipeline import Pipeline
+from worker.states import Retention
 
 CLIPS = 12
 OWNER = np.repeat(np.arange(CLIPS), 3)
@@ -127,7 +128,7 @@ class TestByClip:
         clips = sorted((machines / "audio").glob("*.wav"))[:3]
         model = bundle.load(machine_bundle)
         records = [Record("audio.in", 0, offset, 0, b"mic", clip.read_bytes()) for offset, clip in enumerate(clips)]
-        outputs = Pipeline(model, Topics(), UNLIMITED, DriftPolicy()).run({}, records).outputs
+        outputs = Pipeline(model, Topics(), UNLIMITED, DriftPolicy(), Retention()).run({}, records).outputs
         said = [
             msgspec.json.decode(each.value or b"", type=Classification)
             for each in outputs

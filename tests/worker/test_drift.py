@@ -27,7 +27,7 @@ EACH_RECORD = DriftPolicy(block_seconds=1.0)
 
 FIELDS = (
     *("version", "fingerprint", "seconds", "sums", "counts", "offset", "time", "next_block"),
-    *("block_offsets", "block_times", "block_means", "starts", "suspects", "baseline", "last_fired"),
+    *("block_offsets", "block_times", "block_means", "starts", "suspects", "baseline", "last_fired", "heard"),
 )
 """The layout of a state, written down again: changing it without a new version must break a test."""
 
@@ -413,9 +413,9 @@ class TestDecode:
             b"\x01",
             b"\x80",
             b"\x90",
-            b"\x91\x01",
+            b"\x91\x02",
             b"garbage",
-            b"\x92\x01\xa2\xff\xff",
+            b"\x92\x02\xa2\xff\xff",
             b"\x91" * 100_000,
         ],
     )
@@ -451,9 +451,9 @@ class TestDecode:
     def test_another_version(self) -> None:
         """A state of another version is Fatal, and the message names both."""
         saved = msgspec.msgpack.decode(LIVED.encode())
-        saved[0] = 2
+        saved[0] = 1
 
-        with pytest.raises(Fatal, match=re.escape("version 2; this Earshot reads version 1")):
+        with pytest.raises(Fatal, match=re.escape("version 1; this Earshot reads version 2")):
             SourceState.decode(msgspec.msgpack.encode(saved), profile(3), POLICY)
 
     @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import librosa
 import msgspec
@@ -16,11 +18,13 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker import bundle, play
+from worker import audio, bundle, play
 from worker.audio import Limits
 from worker.drift import DriftPolicy
+from worker.errors import Fatal
 from worker.messages import Classification, DriftDetected, Message, Record, Regression, RetrainRequested, Topics
-from worker.pipeline import Batch, Pipeline, States
+from worker.pipeline import Batch, Pipeline, Restored, States
+from worker.states import Retention
 
 TOPICS = Topics()
 START = datetime(2026, 11, 22, 8, tzinfo=UTC)
@@ -35,7 +39,7 @@ def model(machine_bundle: Path) -> bundle.Bundle:
 
 @pytest.fixture(scope="module")
 def pipeline(model: bundle.Bundle) -> Pipeline:
-    return Pipeline(model, TOPICS, Limits(), POLICY)
+    return Pipeline(model, TOPICS, Limits(), POLICY, Retention())
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,14 @@ def predictions(messages: Iterable[Message]) -> list[Classification]:
         for message in messages
         if message.topic == TOPICS.predictions_out
     ]
+
+
+def encoded(states: States) -> dict[int, list[tuple[bytes, bytes]]]:
+    """Every state by partition, the least recently heard source first."""
+    return {
+        partition: [(key, state.encode()) for key, state in sources._states.items()]
+        for partition, sources in states.items()
+    }
 
 
 def run_in_batches(pipeline: Pipeline, records: Sequence[Record], cuts: Sequence[int]) -> tuple[list[Message], States]:
@@ -179,13 +191,13 @@ def test_a_bad_record_costs_nothing(pipeline: Pipeline, bad: Record, reason: str
     assert bad.headers == rejection.headers[: len(bad.headers)]
     assert reason == dict(rejection.headers)["earshot_reason"].decode()
     assert 1 == len(predictions(batch.outputs))
-    assert (1, 1, {3: 2}) == (batch.predictions, batch.rejections, batch.offsets)
+    assert (1, {reason: 1}, {3: 2}) == (batch.predictions, batch.rejections, batch.offsets)
 
 
 def test_a_batch_of_nothing_but_bad_records_still_moves_on(pipeline: Pipeline) -> None:
     """There is nothing to predict, and the offset advances."""
     batch = pipeline.run({}, [record(b""), record(b"?", offset=1)])
-    assert (0, 2, {3: 2}) == (batch.predictions, batch.rejections, batch.offsets)
+    assert (0, 2, {3: 2}) == (batch.predictions, batch.rejections.total(), batch.offsets)
 
 
 def test_each_record_of_a_stream_has_one_answer_in_order(pipeline: Pipeline, stream: list[Record]) -> None:
@@ -239,7 +251,7 @@ def test_what_comes_out_does_not_depend_on_the_batches(
         return sorted(messages, key=lambda message: message.topic)
 
     assert by_partition(expected) == by_partition(outputs)
-    assert {k: s.encode() for k, s in expected_states.items()} == {k: s.encode() for k, s in states.items()}
+    assert encoded(expected_states) == encoded(states)
 
 
 def test_states_restored_from_their_messages_go_on_as_if_never_stopped(
@@ -247,21 +259,167 @@ def test_states_restored_from_their_messages_go_on_as_if_never_stopped(
 ) -> None:
     """A run that is stopped after every batch, and restored from drift.state, gives the same output."""
     expected, _ = run_in_batches(pipeline, stream, range(0, len(stream), 32))
+    outputs, _, _ = run_with_restarts(pipeline, stream, range(0, len(stream), 32))
+    assert expected == outputs
+
+
+def run_with_restarts(
+    pipeline: Pipeline, records: Sequence[Record], cuts: Sequence[int]
+) -> tuple[list[Message], States, Counter[str]]:
+    """As `run_in_batches`, but nothing outlives a batch except what drift.state keeps; and who was forgotten."""
     saved: dict[tuple[int | None, bytes | None], Message] = {}
     outputs: list[Message] = []
-    for start in range(0, len(stream), 32):
-        states: States = {}
-        for (partition, key), message in saved.items():
-            assert pipeline.restore(
-                states, Record(message.topic, partition or 0, 0, 0, key, message.value, message.headers)
-            )
-        batch: Batch = pipeline.run(states, stream[start : start + 32])
+    states: States = {}
+    forgotten: Counter[str] = Counter()
+    for start, stop in pairwise([0, *sorted(cuts), len(records)]):
+        states = {}
+        kept = [
+            Record(message.topic, partition or 0, 0, 0, key, message.value, message.headers)
+            for (partition, key), message in saved.items()
+            if message.value is not None
+        ]
+        assert Restored(len(kept), 0, 0) == pipeline.restore(states, kept)
+        batch: Batch = pipeline.run(states, records[start:stop])
+        forgotten += Counter(silent=batch.silent, crowded_out=batch.crowded_out)
         for message in batch.outputs:
             if message.topic == TOPICS.drift_state:
                 saved[message.partition, message.key] = message
             else:
                 outputs.append(message)
+    return outputs, states, forgotten
+
+
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_forgetting_does_not_depend_on_batches_or_restarts(
+    model: bundle.Bundle, stream: list[Record], data: st.DataObject
+) -> None:
+    """With more sources than are remembered, cut and restarted anywhere: the same messages, states and numbers."""
+    pipeline = Pipeline(model, TOPICS, Limits(), POLICY, Retention(max_sources=3, forget_after=6))
+    names = np.random.default_rng(0).permutation(np.repeat([0, 0, 0, 1, 1, 2, 3, 4], 15)).tolist()
+    crowd = [msgspec.structs.replace(record, key=b"mic-%d" % name) for record, name in zip(stream, names, strict=False)]
+    cuts = data.draw(st.lists(st.integers(0, len(crowd)), max_size=20))
+    whole: States = {}
+    batch = pipeline.run(whole, crowd)
+    expected = [message for message in batch.outputs if message.topic != TOPICS.drift_state]
+
+    outputs, states, forgotten = run_with_restarts(pipeline, crowd, cuts)
+
+    assert batch.silent > 0
+    assert batch.crowded_out > 0
     assert expected == outputs
+    assert encoded(whole) == {partition: each for partition, each in encoded(states).items() if each}
+    assert {"silent": batch.silent, "crowded_out": batch.crowded_out} == {**forgotten}
+
+
+class TestRestore:
+    def state(self, pipeline: Pipeline, key: bytes = b"mic-1") -> Message:
+        batch = pipeline.run({}, [record(wav(noise(1.0)), key=key)])
+        (message,) = [message for message in batch.outputs if message.topic == TOPICS.drift_state]
+        return message
+
+    def saved(self, value: bytes | None, key: bytes = b"mic-1") -> Record:
+        return Record(TOPICS.drift_state, 3, 0, 0, key, value)
+
+    def test_a_state_that_cannot_be_read_stops_the_worker(self, pipeline: Pipeline) -> None:
+        """The message names the source, its partition, and the way out."""
+        with pytest.raises(Fatal, match=r"b'mic-1' in partition 3 of drift.state: .*--reset-state"):
+            pipeline.restore({}, [self.saved(b"garbage")])
+
+    def test_unless_it_was_told_to_start_anew(self, model: bundle.Bundle, pipeline: Pipeline) -> None:
+        """With the flag such a state is counted, replaced by nothing in drift.state, and the others are kept."""
+        lenient = Pipeline(model, TOPICS, Limits(), POLICY, Retention(), reset_state=True)
+        good = self.state(pipeline)
+        states: States = {}
+        saved = [self.saved(b"garbage", b"mic-2"), self.saved(good.value), self.saved(b"", b"\xff")]
+
+        assert Restored(1, 0, 2) == lenient.restore(states, saved)
+        assert {3: [(b"mic-1", good.value)]} == encoded(states)
+        outputs = lenient.run(states, [record(b"no sound", offset=1)]).outputs
+        buried = [(m.partition, m.key, m.value) for m in outputs if m.topic == TOPICS.drift_state]
+        assert [(3, b"mic-2", None), (3, b"\xff", None)] == buried
+
+    def test_another_model_s_state_is_replaced(self, model: bundle.Bundle, pipeline: Pipeline) -> None:
+        """A state of another model is counted, and its source starts anew."""
+        other = Pipeline(model, TOPICS, Limits(), DriftPolicy(block_seconds=3.0), Retention())
+        states: States = {}
+        assert Restored(0, 1, 0) == pipeline.restore(states, [self.saved(self.state(other).value)])
+        assert {3: []} == encoded(states)
+
+
+class TestInternalErrors:
+    """A bug that only some records meet, simulated in the featurizer and in the forest."""
+
+    POISON = wav(noise(0.5))
+
+    @pytest.fixture(params=["featurizer", "forest"])
+    def buggy(self, request: pytest.FixtureRequest, machine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+        """Return a pipeline with a model that fails with one record, and shows its address in memory."""
+        model = bundle.load(machine_bundle)
+        windows = model.featurizer.windows(audio.decode(self.POISON, "audio/wav", Limits()).samples)
+        poisoned = model.featurizer.transform(windows)
+        part, name = (model.featurizer, "transform") if request.param == "featurizer" else (model, "scores")
+        marker = windows if request.param == "featurizer" else poisoned
+        real = getattr(part, name)
+
+        def fails(given: np.ndarray[Any, Any]) -> Any:
+            if any(np.array_equal(row, marker[0]) for row in given):
+                raise ZeroDivisionError(f"a bug in {object()}")
+            return real(given)
+
+        monkeypatch.setattr(part, name, fails)
+        return Pipeline(model, TOPICS, Limits(), POLICY, Retention())
+
+    def test_cost_one_record(self, buggy: Pipeline, pipeline: Pipeline) -> None:
+        """The record that meets a bug is rejected, in its place; its neighbours get what they get without it."""
+        good = [record(wav(noise(1.0)), offset=0), record(wav(noise(2.0)), offset=2)]
+        poison = record(self.POISON, offset=1)
+        batch = buggy.run({}, [good[0], poison, good[1]])
+        alone = pipeline.run({}, good)
+
+        assert (2, {"internal-error": 1}) == (batch.predictions, batch.rejections)
+        assert isinstance(batch.failure, ZeroDivisionError)
+        first, rejection, second = batch.outputs[:3]
+        assert alone.outputs[:2] == [first, second]
+        headers = dict(rejection.headers)
+        assert b"internal-error" == headers["earshot_reason"]
+        assert "ZeroDivisionError: a bug in <object object at 0x…>" == headers["earshot_detail"].decode()
+        assert {3: 3} == batch.offsets
+
+    def test_do_not_depend_on_the_batches(self, buggy: Pipeline) -> None:
+        """Met in a batch or alone, a bug gives the same rejection."""
+        records = [record(self.POISON if i % 3 == 1 else wav(noise(1.0)), offset=i) for i in range(6)]
+        expected, expected_states = run_in_batches(buggy, records, [])
+        outputs, states = run_in_batches(buggy, records, range(1, 6))
+        assert expected == outputs
+        assert encoded(expected_states) == encoded(states)
+
+    @pytest.mark.parametrize("part", ["transform", "scores"])
+    def test_that_every_record_would_meet_are_fatal(
+        self, machine_bundle: Path, monkeypatch: pytest.MonkeyPatch, part: str
+    ) -> None:
+        """If the golden clips fail as well nothing is rejected: the worker stops and says what is broken."""
+        model = bundle.load(machine_bundle)
+        monkeypatch.setattr(model if part == "scores" else model.featurizer, part, broken)
+        pipeline = Pipeline(model, TOPICS, Limits(), POLICY, Retention())
+        with pytest.raises(Fatal, match=r"record 7 of partition 3 .*golden clips.*the compiler is gone"):
+            pipeline.run({}, [record(wav(noise(1.0)), offset=7)])
+
+    def test_out_of_memory_is_fatal(self, machine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine without memory says nothing about a record: the worker stops and names the settings."""
+
+        def exhausted(_: object) -> None:
+            raise MemoryError
+
+        model = bundle.load(machine_bundle)
+        monkeypatch.setattr(model.featurizer, "transform", exhausted)
+        pipeline = Pipeline(model, TOPICS, Limits(), POLICY, Retention())
+        with pytest.raises(Fatal, match=r"out of memory with record 7 .*--max-record-bytes"):
+            pipeline.run({}, [record(wav(noise(1.0)), offset=7)])
+
+
+def broken(_: object) -> None:
+    raise OSError("the compiler is gone")
 
 
 def test_serving_is_librosa_and_scikit_learn(model: bundle.Bundle, machine_bundle: Path, machines: Path) -> None:
@@ -285,7 +443,7 @@ def test_serving_is_librosa_and_scikit_learn(model: bundle.Bundle, machine_bundl
 
 def test_a_regressor_says_a_value_and_a_spread(rpm_bundle: Path) -> None:
     """The value is in the unit of the trained column, and its spread is that of the trees."""
-    pipeline = Pipeline(bundle.load(rpm_bundle), TOPICS, Limits(), POLICY)
+    pipeline = Pipeline(bundle.load(rpm_bundle), TOPICS, Limits(), POLICY, Retention())
     (message,) = [m for m in pipeline.run({}, [record(wav(noise(1.0)))]).outputs if m.topic == TOPICS.predictions_out]
     prediction = msgspec.json.decode(message.value or b"", type=Regression)
     assert "rpm" == prediction.target

@@ -8,6 +8,7 @@ processed with a state that was never committed shows as a wrong number.
 from __future__ import annotations
 
 import random
+from collections import Counter as Rejections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from worker.broker import Polled, Session, Transaction
 from worker.broker_sqlite import SqliteBroker
 from worker.errors import Fatal, Retryable
 from worker.messages import Message, Record, Topics
-from worker.pipeline import Batch
+from worker.pipeline import Batch, Restored
 from worker.service import FIRST_PAUSE, LONGEST_PAUSE, SETTLED, GaveUp, Service
 
 TOPICS = Topics()
@@ -30,14 +31,15 @@ TOPICS = Topics()
 POINTS = ("poll", "restore", "enter", "send", "offsets", "commit", "committed")
 """Where a session can fail; ``committed`` is after the fact, when nobody can know any more."""
 
-Counts = dict[tuple[int, str], int]
+Counts = dict[int, dict[str, int]]
 
 
 class Counter:
     """Counts the records of each source; remembers every set of states that it was given."""
 
-    def __init__(self, on_records: Callable[[Sequence[Record]], None] = lambda _: None) -> None:
+    def __init__(self, on_records: Callable[[Sequence[Record]], None] = lambda _: None, **also: Any) -> None:
         self._on_records = on_records
+        self.also = also
         self.states: list[Counts] = []
 
     def run(self, states: Counts, records: Sequence[Record]) -> Batch:
@@ -45,20 +47,28 @@ class Counter:
         self.states.append(states)
         outputs = []
         for record in records:
-            key = record.partition, (record.key or b"").decode()
-            states[key] = states.get(key, 0) + 1
-            outputs.append(Message(TOPICS.predictions_out, record.key, b"%d" % states[key]))
+            counts = states.setdefault(record.partition, {})
+            source = (record.key or b"").decode()
+            counts[source] = counts.get(source, 0) + 1
+            outputs.append(Message(TOPICS.predictions_out, record.key, b"%d" % counts[source]))
         touched = dict.fromkeys((record.partition, record.key) for record in records)
-        for partition, source in touched:
-            count = states[partition, (source or b"").decode()]
-            outputs.append(Message(TOPICS.drift_state, source, b"%d" % count, partition=partition))
-        return Batch(outputs, {record.partition: record.offset + 1 for record in records}, len(records), 0, 0)
+        for partition, key in touched:
+            count = states[partition][(key or b"").decode()]
+            outputs.append(Message(TOPICS.drift_state, key, b"%d" % count, partition=partition))
+        offsets = {record.partition: record.offset + 1 for record in records}
+        return Batch(outputs, offsets, len(records), Rejections(), **self.also)
 
-    def restore(self, states: Counts, record: Record) -> bool:
-        if record.value == b"foreign":
-            return False
-        states[record.partition, (record.key or b"").decode()] = int(record.value or b"")
-        return True
+    def restore(self, states: Counts, records: Iterable[Record]) -> Restored:
+        sources = foreign = unreadable = 0
+        for record in records:
+            if record.value == b"foreign":
+                foreign += 1
+            elif record.value == b"unreadable":
+                unreadable += 1
+            else:
+                sources += 1
+                states.setdefault(record.partition, {})[(record.key or b"").decode()] = int(record.value or b"")
+        return Restored(sources, foreign, unreadable)
 
 
 class Time(Event):
@@ -170,7 +180,12 @@ class ScriptedBroker:
 
 def serve(broker: Any, pipeline: Counter, **settings: Any) -> list[Any]:
     """Run the service to its end and return what it has logged."""
-    defaults: dict[str, Any] = {"max_batch_records": 100, "poll_seconds": 1.0, "give_up_seconds": 300.0}
+    defaults: dict[str, Any] = {
+        "max_batch_records": 100,
+        "max_batch_bytes": 1 << 20,
+        "poll_seconds": 1.0,
+        "give_up_seconds": 300.0,
+    }
     with capture_logs() as logs:
         Service(
             broker,
@@ -237,7 +252,8 @@ class TestLoop:
 
         logs = serve(broker, Counter())
 
-        foreign, assigned, committed, session_lost, stopped = logs
+        restoring, foreign, assigned, committed, session_lost, stopped = logs
+        assert ("restoring", [0, 1]) == (restoring["event"], restoring["partitions"])
         assert ("state.of_another_model", "warning", 1) == (
             foreign["event"],
             foreign["log_level"],
@@ -273,7 +289,7 @@ class TestAssignment:
 
         serve(ScriptedBroker(session), pipeline)
 
-        assert [{(0, "mic"): 2}] == pipeline.states[1:]
+        assert [{0: {"mic": 2}}] == pipeline.states[1:]
         assert ([2], {0: 2}) == session.committed[1]
 
     @pytest.mark.parametrize(("saved", "count"), [([state(b"5")], 6), ([], 1)])

@@ -1,0 +1,163 @@
+"""Hearing: records in; what was heard in each of them out, or why it could not be used.
+
+    Record -> messages.decode -> audio.waveform -> Featurizer (record by record)
+           -> forest (one call a batch) -> Heard or BadRecord
+
+This module owns that a record which cannot be used costs nothing but itself. Most of them are
+malformed and say so with a `BadRecord`. The rest meet a bug of ours, and for those there are three
+rules, none of which looks at more than one record, so that what comes out still depends on the log
+alone:
+
+1. Whatever fails for a batch is tried again with each record alone.
+2. A record that fails alone, unexpectedly, is held against the model's golden clips: if those still
+   give what they gave the trainer then it is this record, and it is rejected as "internal-error".
+   If they do not, then no record can be blamed: that is `Fatal`, and nothing goes to audio.dlq.
+3. Running out of memory says something about the machine and nothing about the record: `Fatal`.
+
+It must not know about states, topics or brokers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker import audio, messages
+from worker.bundle import Bundle
+from worker.errors import BadRecord, EarshotError, Fatal
+from worker.messages import Chunk, Classification, Prediction, Record, Regression
+from worker.profile import Vector, raw_signals
+
+ADDRESS: Final = re.compile(r"\b0x[0-9a-fA-F]+")
+"""Where an object lies in memory differs between two runs; a rejection must not."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+class Heard(NamedTuple):
+    """What was heard in one record, and its standardised signals, shape (signals,)."""
+
+    chunk: Chunk
+    prediction: Prediction
+    signals: Vector
+
+
+class _Features(NamedTuple):
+    """A record whose sound is done with: the features of its windows, shape (windows, features)."""
+
+    record: Record
+    chunk: Chunk
+    features: NDArray[np.float32]
+    seconds: float
+    padded: bool
+
+
+class Hearing:
+    """A model and its limits, ready to hear records."""
+
+    def __init__(self, bundle: Bundle, limits: audio.Limits) -> None:
+        self._bundle = bundle
+        self._limits = limits
+
+    def hear(self, records: Sequence[Record]) -> Iterator[tuple[Record, Heard | BadRecord]]:
+        """Yield each record, in order, with what was heard in it or why it is rejected.
+
+        The ``__cause__`` of an "internal-error" is the unexpected exception.
+
+        Raises:
+            Fatal: it is not about a record.
+        """
+        prepared = [self._alone(self._prepare, record, record) for record in records]
+        usable = [each for each in prepared if isinstance(each, _Features)]
+        heard: Sequence[Heard | BadRecord]
+        try:
+            heard = self._predict(usable)
+        except Exception:  # noqa: BLE001  # whatever it is, rule 1 finds out whose it is
+            heard = [self._alone(self._predict_one, each, each.record) for each in usable]
+        rest = iter(heard)
+        for record, each in zip(records, prepared, strict=True):
+            yield record, each if isinstance(each, BadRecord) else next(rest)
+
+    def _alone(self, step: Callable[[Given], Made], given: Given, record: Record) -> Made | BadRecord:
+        """Take a step with one record, and reject the record if that is what fails."""
+        place = f"record {record.offset} of partition {record.partition} of {record.topic}"
+        try:
+            return step(given)
+        except BadRecord as why:
+            return why
+        except EarshotError:
+            raise
+        except MemoryError as error:
+            raise Fatal(
+                f"out of memory with {place}: give the worker more, "
+                "or lower --max-record-bytes, --max-record-seconds or --max-batch-bytes"
+            ) from error
+        except Exception as error:  # noqa: BLE001  # rules 2 and 3
+            text = ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")
+            try:
+                self._bundle.replay()
+            except Exception as unsound:  # noqa: BLE001  # a golden clip fails in whatever way the record did
+                raise Fatal(
+                    f"{place} failed ({text}), and so do the model's golden clips, so it is not the record: {unsound}; "
+                    "nothing was rejected; check the installation, or go back to the last one that worked"
+                ) from error
+            rejection = BadRecord("internal-error", text.encode(errors="backslashreplace").decode())
+            rejection.__cause__ = error
+            return rejection
+
+    def _prepare(self, record: Record) -> _Features:
+        """Decode and featurize one record; its sound is in memory no longer than this."""
+        chunk = messages.decode(record)
+        featurizer = self._bundle.featurizer
+        sound = audio.waveform(chunk.data, chunk.content_type, featurizer.spec.sample_rate, self._limits)
+        features = featurizer.transform(featurizer.windows(sound.samples))
+        return _Features(record, chunk, features, sound.duration, len(sound.samples) < featurizer.spec.window_samples)
+
+    def _predict_one(self, prepared: _Features) -> Heard:
+        return self._predict([prepared])[0]
+
+    def _predict(self, prepared: Sequence[_Features]) -> list[Heard]:
+        """Predict a batch in one call; scores and features of a record are the means over its windows."""
+        if not prepared:
+            return []
+        bundle = self._bundle
+        scores = bundle.scores(np.concatenate([each.features for each in prepared]))
+        ends = np.cumsum([len(each.features) for each in prepared])
+        spans = [slice(end - len(each.features), end) for end, each in zip(ends, prepared, strict=True)]
+        means = np.array([scores[span].mean(axis=0) for span in spans])
+        features = np.array([each.features.mean(axis=0, dtype=np.float64) for each in prepared], np.float32)
+        classifier = bundle.manifest.task == "classification"
+        signals = bundle.profile.standardise(raw_signals(means, features, bundle.watched, classifier=classifier))
+        return [
+            Heard(each.chunk, self._prediction(each, row), observation)
+            for each, row, observation in zip(prepared, means, signals, strict=True)
+        ]
+
+    def _prediction(self, heard: _Features, scores: Vector) -> Prediction:
+        manifest = self._bundle.manifest
+        place = messages.position(heard.record, heard.chunk.time)
+        source, seconds, windows = heard.chunk.source, heard.seconds, len(heard.features)
+        if manifest.task == "regression":
+            value, spread = scores.tolist()
+            return Regression(
+                source, manifest.label, value, spread, seconds, windows, heard.padded, place, self._bundle.id
+            )
+        best = int(np.argmax(scores))
+        probabilities = dict(zip(manifest.classes, scores.tolist(), strict=True))
+        label = manifest.classes[best]
+        return Classification(
+            source,
+            label,
+            probabilities[label],
+            probabilities,
+            seconds,
+            windows,
+            heard.padded,
+            place,
+            self._bundle.id,
+        )
