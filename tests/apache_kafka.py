@@ -156,6 +156,16 @@ class ApacheKafka:
         """End the server as a power cut does."""
         self._end(signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """Let the server neither answer nor end, as a disk or a host that hangs does."""
+        assert self._server is not None
+        self._server.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        assert self._server is not None
+        self._server.send_signal(signal.SIGCONT)
+
     def restart(self) -> None:
         """Stop and start on the same port, with the same data."""
         self.stop()
@@ -192,6 +202,7 @@ class ApacheKafka:
         lifeline, self._lifeline = self._lifeline, None
         if server is not None:
             server.send_signal(how)
+            server.send_signal(signal.SIGCONT)  # it may be frozen
             try:
                 server.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:

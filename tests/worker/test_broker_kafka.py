@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer, Producer
+from kafka import errors as kafka_errors
 
 from tests import apache_kafka
 from tests.conftest import missing
@@ -380,38 +381,190 @@ def test_a_message_that_is_too_large_is_fatal(broker: KafkaBroker, topics: Topic
     assert [b"small"] == [record.value for record in committed(broker, topics.predictions_out)]
 
 
-def test_an_outage_is_noticed_and_survived(
-    tmp_path: Path, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A broker that is killed fails whatever needs it, with its address; its restart serves the next session."""
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apache_kafka.ApacheKafka]:
+    """A broker of this module's own, which a test may stop if it starts it again."""
     try:
         jars = apache_kafka.fetch()
     except apache_kafka.Unavailable as why:
         missing(str(why))
-    with apache_kafka.ApacheKafka(jars, tmp_path) as kafka, closing(KafkaBroker([kafka.address], topics)) as patient:
+    with apache_kafka.ApacheKafka(jars, tmp_path_factory.mktemp("mortal")) as kafka:
+        yield kafka
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten what a test would have to wait for; clients made before keep their bounds."""
+    for bound in ("CONNECT_TIMEOUT", "REQUEST_TIMEOUT", "SILENCE", "CLOSE_TIMEOUT"):
+        monkeypatch.setattr(broker_kafka, bound, 1.0)
+    for bound in ("INIT_TIMEOUT", "DELIVERY_TIMEOUT"):
+        monkeypatch.setattr(broker_kafka, bound, 2.0)
+    monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 4.0)
+
+
+def test_an_outage_is_noticed_and_survived(
+    mortal: apache_kafka.ApacheKafka, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is killed fails whatever needs it, with its address; its restart serves the next session."""
+    with closing(KafkaBroker([mortal.address], topics)) as patient:
         patient.create_topics(topics.layout(PARTITIONS))
         patient.publish(sounds(topics, PARTITIONS))
-        for bound in ("CONNECT_TIMEOUT", "REQUEST_TIMEOUT", "SILENCE"):
-            monkeypatch.setattr(broker_kafka, bound, 1.0)
-        for bound in ("INIT_TIMEOUT", "DELIVERY_TIMEOUT"):
-            monkeypatch.setattr(broker_kafka, bound, 2.0)
-        with closing(KafkaBroker([kafka.address], topics)) as hasty:
+        hurry(monkeypatch)
+        with closing(KafkaBroker([mortal.address], topics)) as hasty:
             with closing(hasty.join(group, "one")) as session:
                 records = poll_for(session, PARTITIONS)
-                kafka.kill()
-                with pytest.raises(Retryable, match=kafka.address):
+                mortal.kill()
+                with pytest.raises(Retryable, match=mortal.address):
                     wait_for(lambda: bool(session.poll(0.2, 1).revoked))
-                with pytest.raises(Retryable, match=kafka.address):
+                with pytest.raises(Retryable, match=mortal.address):
                     process(session, topics, records)
-            with pytest.raises(Retryable, match=kafka.address):
+            with pytest.raises(Retryable, match=mortal.address):
                 hasty.join(group, "one")
-            with pytest.raises(Retryable, match=kafka.address):
+            with pytest.raises(Retryable, match=mortal.address):
                 hasty.publish(sounds(topics, 1))
         monkeypatch.undo()
-        kafka.start()
+        mortal.start()
         with closing(patient.join(group, "one")) as session:
             process(session, topics, poll_for(session, PARTITIONS))
         assert PARTITIONS == len(committed(patient, topics.predictions_out))
+
+
+@pytest.mark.parametrize("stage", ["join", "poll", "send", "commit"])
+def test_a_broker_that_freezes_ends_the_session_in_time(
+    mortal: apache_kafka.ApacheKafka, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It takes connections and answers nothing: no call waits for ever, and afterwards nothing is lost or doubled."""
+    hurry(monkeypatch)
+    longest = 0.0
+
+    def bounded(act: Callable[[], object]) -> None:
+        nonlocal longest
+        started = time.monotonic()
+        with pytest.raises(Retryable, match=mortal.address):
+            act()
+        longest = max(longest, time.monotonic() - started)
+
+    with closing(KafkaBroker([mortal.address], topics)) as broker:
+        broker.create_topics(topics.layout(PARTITIONS))
+        broker.publish(sounds(topics, PARTITIONS))
+        with closing(broker.join(group, "one")) as session, contextlib.ExitStack() as thawed:
+            records = poll_for(session, PARTITIONS)
+            messages = [Message(topics.predictions_out, b"source", each.value) for each in records]
+            offsets = {each.partition: each.offset + 1 for each in records}
+            thawed.callback(mortal.thaw)
+            if stage == "join":
+                mortal.freeze()
+                bounded(lambda: broker.join(group, "one"))
+            elif stage == "poll":
+                mortal.freeze()
+                bounded(lambda: wait_for(lambda: bool(session.poll(0.2, 1).revoked)))
+            else:
+
+                def transact() -> None:
+                    with session.transaction() as transaction:
+                        if stage == "send":
+                            mortal.freeze()
+                        transaction.send(messages)
+                        transaction.commit_offsets(offsets)
+                        if stage == "commit":
+                            session._producer.flush()
+                            mortal.freeze()
+
+                bounded(transact)
+            started = time.monotonic()
+            session.close()
+            closed = time.monotonic() - started
+        monkeypatch.undo()
+        with closing(broker.join(group, "one")) as session:
+            while records := session.poll(4.0, 100).records:
+                process(session, topics, records)
+        assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+    grace = broker_kafka.GRACE
+    assert longest < 4.0 + grace + 3.0  # the bound of a transaction is the longest
+    assert closed < 3 * (1.0 + grace)
+
+
+def test_a_client_that_hangs_ends_the_session_in_time(
+    broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it waits for: the call is left behind, and a new session finds the work undone."""
+    broker.publish(sounds(topics, PARTITIONS))
+    never = threading.Event()
+    with closing(broker.join(group, "one")) as session:
+        records = poll_for(session, PARTITIONS)
+        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(session._producer, "commit_transaction", never.wait)
+        started = time.monotonic()
+        with pytest.raises(Retryable, match=r"cannot commit at .*: it has not come back for 1 s"):
+            process(session, topics, records)
+        assert time.monotonic() - started < 1.0 + broker_kafka.GRACE
+
+    with closing(broker.join(group, "one")) as session:
+        process(session, topics, poll_for(session, PARTITIONS))
+    never.set()
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+
+def test_a_commit_that_comes_through_late_is_respected(
+    broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session has been given up and its transaction has not: the next one starts behind it."""
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        records = poll_for(session, PARTITIONS)
+        commit = session._producer.commit_transaction
+        committed_late = threading.Event()
+        given_up = threading.Event()
+
+        def late() -> None:
+            given_up.wait(PATIENCE)
+            commit()
+            committed_late.set()
+
+        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(session._producer, "commit_transaction", late)
+        with pytest.raises(Retryable):
+            process(session, topics, records)
+        given_up.set()
+        assert committed_late.wait(PATIENCE)
+
+    with closing(broker.join(group, "one")) as session:
+        assert [] == session.poll(3.0, 100).records
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+
+def test_a_commit_that_comes_too_late_is_refused(
+    broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next session has fenced it, and does the work again."""
+    broker.publish(sounds(topics, PARTITIONS))
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(closing(broker.join(group, "one")))
+        records = poll_for(session, PARTITIONS)
+        commit = session._producer.commit_transaction
+        refused: list[Exception] = []
+        given_up, over = threading.Event(), threading.Event()
+
+        def late() -> None:
+            given_up.wait(PATIENCE)
+            try:
+                commit()
+            except kafka_errors.KafkaError as error:
+                refused.append(error)
+            over.set()
+
+        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(session._producer, "commit_transaction", late)
+        with pytest.raises(Retryable):
+            process(session, topics, records)
+        monkeypatch.undo()
+
+        new = stack.enter_context(closing(broker.join(group, "one")))
+        given_up.set()
+        process(new, topics, poll_for(new, PARTITIONS))
+        assert over.wait(PATIENCE)
+    assert 1 == len(refused)
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
 
 
 def test_the_largest_record_still_fits_the_dead_letters(broker: KafkaBroker, topics: Topics, group: str) -> None:
