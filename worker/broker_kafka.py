@@ -130,9 +130,7 @@ class KafkaBroker:
             if spec.name not in existing
         }
         if new:
-            self._cluster.attempt(
-                "create topics", CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, lambda: self._create(new)
-            )
+            self._cluster.ask("create topics", lambda admin: _create(admin, new))
         return list(new)
 
     def join(self, group: str, instance: str) -> KafkaSession:
@@ -237,10 +235,6 @@ class KafkaBroker:
             self._followers.discard(consumer)
             self._cluster.farewell(_closing_consumer(consumer))
 
-    def _create(self, topics: Mapping[str, Mapping[str, Any]]) -> None:
-        with self._cluster.admin() as admin:
-            admin.create_topics(topics, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
-
     def _close_publisher(self) -> None:
         producer, self._publisher = self._publisher, None
         if producer is not None:
@@ -279,12 +273,14 @@ class KafkaSession:
         self._consumer.subscribe([topics.audio_in], listener=self._changes)
 
     def poll(self, timeout: float, max_records: int) -> Polled:
-        """Return records of ``audio.in`` and what has changed; first of all, and after a silence, look at the topics.
+        """Return records of ``audio.in`` and what has changed; first of all, and after a silence, look at the cluster.
 
-        The client itself waits in silence for a topic that is missing and for a cluster that is gone.
+        The client itself waits in silence for a topic that is missing, for a cluster that is gone
+        and, once another session of its instance has taken its place in the group, for good.
         """
         if time.monotonic() - self._heard > SILENCE:
             self._cluster.require(self._topics)
+            self._require_membership()
             self._heard = time.monotonic()
         records = self._cluster.attempt(
             "poll",
@@ -374,6 +370,25 @@ class KafkaSession:
         self._cluster.farewell(_closing_producer(self._producer))
         self._cluster.farewell(self._leave)
         self._cluster.farewell(_closing_consumer(self._consumer))
+
+    def _require_membership(self) -> None:
+        """Raise Retryable if we think that we are a member of the group, and the group does not."""
+        member = self._consumer.group_metadata().member_id
+
+        def look(admin: Any) -> set[str]:
+            (group,) = admin.describe_groups([self._group]).values()
+            return {each["member_id"] for each in group["members"]}
+
+        # Without an id we are joining. An id that has changed meanwhile is a later one than the group's.
+        if (
+            member
+            and member not in self._cluster.ask("look at the group", look)
+            and member == self._consumer.group_metadata().member_id
+        ):
+            raise Retryable(
+                f"group {self._group!r} at {self._cluster} has no such member any more: it was silent for "
+                f"{SESSION_TIMEOUT:.0f} s, or another worker runs under the same --instance {self._instance!r}"
+            )
 
     def _leave(self) -> None:
         """Leave the group: a named member does not do so by itself, so that it may come back; we do not mean to.
@@ -517,29 +532,27 @@ class _Cluster:
     def partitions(self, topics: Sequence[str]) -> dict[str, int]:
         """Return the number of partitions of those of ``topics`` that exist."""
 
-        def look() -> dict[str, int]:
+        def look(admin: Any) -> dict[str, int]:
             found = {}
-            with self.admin() as admin:
-                for topic in admin.describe_topics(list(topics)):
-                    error = kafka_errors.for_code(topic["error_code"])
-                    if error is kafka_errors.UnknownTopicOrPartitionError:
-                        continue
-                    if error is not kafka_errors.NoError:
-                        raise error(topic["name"])
-                    found[topic["name"]] = len(topic["partitions"])
+            for topic in admin.describe_topics(list(topics)):
+                error = kafka_errors.for_code(topic["error_code"])
+                if error is kafka_errors.UnknownTopicOrPartitionError:
+                    continue
+                if error is not kafka_errors.NoError:
+                    raise error(topic["name"])
+                found[topic["name"]] = len(topic["partitions"])
             return found
 
-        return self.attempt("look at the topics", CONNECT_TIMEOUT + REQUEST_TIMEOUT + GRACE, look)
+        return self.ask("look at the topics", look)
 
     def ends(self, partitions: Iterable[Any]) -> dict[Any, int]:
         """Return where logs end, decided or not: the marker that ends a transaction may still be on its way."""
 
-        def look() -> dict[Any, int]:
-            with self.admin() as admin:
-                found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        def look(admin: Any) -> dict[Any, int]:
+            found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
             return {partition: each.offset for partition, each in found.items()}
 
-        return self.attempt("look for the ends of logs", CONNECT_TIMEOUT + REQUEST_TIMEOUT + GRACE, look)
+        return self.ask("look for the ends of logs", look)
 
     def logs(self, topics: Sequence[str]) -> list[Any]:
         """Return every partition of ``topics``, which have to exist."""
@@ -562,6 +575,15 @@ class _Cluster:
     def attempt(self, what: str, seconds: float, call: Callable[[], T]) -> T:
         """Let a client do ``what`` within ``seconds``, and turn its errors into ours."""
         return self._attempt(what, seconds, call, discard=None)
+
+    def ask(self, what: str, question: Callable[[Any], T]) -> T:
+        """Let an admin client of its own answer ``question``."""
+
+        def ask() -> T:
+            with self.admin() as admin:
+                return question(admin)
+
+        return self.attempt(what, CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, ask)
 
     def farewell(self, call: Callable[[], Any]) -> None:
         """Let a client end something, for which nobody waits long and whose failure nobody minds."""
@@ -608,6 +630,10 @@ class _Cluster:
             for each in networks:
                 self.farewell(each.close)
             raise
+
+
+def _create(admin: Any, topics: Mapping[str, Mapping[str, Any]]) -> None:
+    admin.create_topics(topics, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
 
 
 def _topic_configs(spec: TopicSpec) -> dict[str, str]:
