@@ -54,7 +54,12 @@ _HOW_TO_DECLARE: Final = (
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """How large one sound may be: ``max_bytes`` as it arrives, ``max_seconds`` once decoded."""
+    """How large one sound may be: ``max_bytes`` as it arrives, ``max_seconds`` once decoded.
+
+    All channels together may hold as many samples as one channel of ``max_seconds`` at `MAX_RATE`.
+    That bounds what a few bytes can inflate to, whatever rate and channels they claim: 23 million
+    samples by default, which take less than a second, and 184 MB while they are mixed and joined.
+    """
 
     max_bytes: int = 8 * 1024**2
     max_seconds: float = 60.0
@@ -172,7 +177,7 @@ def _read(reader: _ForwardReader, limits: Limits) -> Sound:
     _check_shape(rate, channels)
     known = claimed != _UNKNOWN_FRAMES
     if known:
-        _check_length(claimed, rate, limits)
+        _check_length(claimed, rate, channels, limits)
     blocks: list[NDArray[np.float32]] = []
     frames, last = 0, _BLOCK_FRAMES
     while last == _BLOCK_FRAMES:
@@ -180,7 +185,7 @@ def _read(reader: _ForwardReader, limits: Limits) -> Sound:
         blocks.append(to_mono(block))
         last = len(block)
         frames += last
-        _check_length(frames, rate, limits)
+        _check_length(frames, rate, channels, limits)
     if known and frames < claimed:
         raise BadRecord("undecodable", f"cut off: the header claims {claimed} frames, {frames} are there")
     return _sound(np.concatenate(blocks), rate)
@@ -193,7 +198,7 @@ def _from_pcm(data: bytes, dtype: np.dtype[Any], parameters: dict[str, str], lim
     frame_size = dtype.itemsize * channels
     if len(data) % frame_size:
         raise BadRecord("undecodable", f"{len(data)} bytes are no whole number of frames of {frame_size} bytes")
-    _check_length(len(data) // frame_size, rate, limits)
+    _check_length(len(data) // frame_size, rate, channels, limits)
     samples = np.frombuffer(data, dtype).astype(np.float32)
     if dtype.kind == "i":
         samples *= np.float32(1 / 32768)
@@ -216,9 +221,13 @@ def _check_shape(rate: int, channels: int) -> None:
         raise BadRecord("bad-channels", f"{channels} channels; expected 1 to {MAX_CHANNELS}")
 
 
-def _check_length(frames: int, rate: int, limits: Limits) -> None:
+def _check_length(frames: int, rate: int, channels: int, limits: Limits) -> None:
     if frames > limits.max_seconds * rate:
         raise BadRecord("too-long", f"{frames / rate:.1f} s or more, the limit is {limits.max_seconds:g} s")
+    most = limits.max_seconds * MAX_RATE
+    if frames * channels > most:
+        told = f"{frames} frames of {channels} channels or more, the limit is {most:.0f} samples in all channels"
+        raise BadRecord("too-long", f"{told}; send shorter chunks or fewer channels")
 
 
 def _parse_media_type(text: str) -> tuple[str, dict[str, str]]:

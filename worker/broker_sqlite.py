@@ -39,6 +39,9 @@ TICK: Final = 0.02  # between two looks for new records: a look costs microsecon
 IDLE: Final = 1.0  # until `follow` says that nothing came
 
 FOLLOW_RECORDS: Final = 500  # that `follow` yields at once: 16 MB of one-second chunks at 16 kHz
+TAKE_BYTES: Final = (
+    16 << 20
+)  # read at once, whatever the records; as with Kafka a single larger one still comes through
 
 FORMAT: Final = 0x45615301
 """The ``application_id`` of a file with the tables below; the last byte counts their versions."""
@@ -347,15 +350,23 @@ def _partition(message: Message, topic: TopicSpec) -> int:
 
 
 def _take(database: _Database, positions: dict[_Log, int], limit: int) -> list[Record]:
-    """Read at most ``limit`` records and move the positions past them."""
-    statement = "SELECT * FROM records WHERE (topic, partition) = (?, ?) AND offset >= ? ORDER BY offset LIMIT ?"
+    """Read at most ``limit`` records and `TAKE_BYTES`, and move the positions past them."""
+    log_from = "FROM records WHERE (topic, partition) = (?, ?) AND offset >= ?"
+    sizes = f"SELECT offset, ifnull(length(value), 0) {log_from} ORDER BY offset LIMIT ?"
+    statement = f"SELECT * {log_from} AND offset < ? ORDER BY offset"
     records: list[Record] = []
+    taken = 0
     for log, position in list(positions.items()):
-        if rows := database.execute(statement, *log, position, limit - len(records)):
-            records += map(_record, rows)
+        end = position
+        for offset, size in database.execute(sizes, *log, position, limit - len(records)):
+            if taken and taken + size > TAKE_BYTES:
+                break
+            taken, end = taken + size, offset + 1
+        if end > position:
+            records += map(_record, database.execute(statement, *log, position, end))
             # Who was served goes to the end of the queue: a busy partition cannot starve the others.
             del positions[log]
-            positions[log] = records[-1].offset + 1
+            positions[log] = end
     return records
 
 

@@ -330,6 +330,20 @@ class TestRejections:
         assert len(data) < 8_000
         assert "too-long" == rejection(data, "audio/flac")[0]
 
+    def test_channels_count(self) -> None:
+        """Many channels at a high rate are a long sound: together they hold as much as one at the highest rate."""
+        limits = Limits(max_seconds=1.0)
+        data = encode(np.zeros((48_000, 8), np.int16), 48_000, "FLAC")
+        assert 1.0 == audio.decode(data, None, limits).duration
+
+        data = encode(np.zeros((96_000, 8), np.int16), 96_000, "FLAC")
+        assert len(data) < 8_000
+        reason, detail = rejection(data, None, limits)
+        assert "too-long" == reason
+        assert detail.startswith("96000 frames of 8 channels or more, the limit is 384000 samples")
+        raw = bytes(2 * 32 * 12_001)
+        assert "too-long" == rejection(raw, "audio/L16;rate=16000;channels=32", limits)[0]
+
     @pytest.mark.parametrize("frames", [2**31, 2**36 - 1])
     def test_a_lie_costs_no_memory(self, frames: int) -> None:
         """A tiny file that claims billions of frames allocates a block, not billions of frames."""

@@ -449,3 +449,19 @@ def test_a_closed_broker_says_so(broker: SqliteBroker) -> None:
         session.poll(0.0, 1)
     session.close()
     broker.close()
+
+
+class TestMemory:
+    def test_of_one_poll_is_bounded(self, broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the lag, one poll reads so many bytes, or one record that is larger; none is left out."""
+        monkeypatch.setattr(broker_sqlite, "TAKE_BYTES", 10)
+        sent = [(0, 4), (0, 4), (0, 4), (0, 25), (1, 9), (1, 1), (0, 1)]
+        broker.publish(sound(bytes(size), partition) for partition, size in sent)
+        polls = []
+        with closing(broker.join("group", "instance")) as session:
+            while (polled := session.poll(0.0, 100)).records:
+                polls.append([(record.partition, len(record.value or b"")) for record in polled.records])
+
+        assert sorted(sent) == sorted(each for poll in polls for each in poll)
+        assert all(sum(size for _, size in poll) <= 10 or len(poll) == 1 for poll in polls)
+        assert [(0, 4), (0, 4)] == polls[0]
