@@ -39,6 +39,8 @@ from kafka import errors as kafka_errors
 from kafka.admin import MemberToRemove
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecordBatch
 
 from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
@@ -420,7 +422,7 @@ class KafkaTransaction:
         self._cluster = cluster
         self._topics = topics
         self._producer = producer
-        self.results: list[Any] = []
+        self.results: list[tuple[Message, Any]] = []
         self.offsets: dict[Any, Any] = {}
 
     def send(self, messages: Iterable[Message]) -> None:
@@ -470,6 +472,36 @@ class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
 
     def serialize(self, _topic: str, _headers: object, data: object) -> object:
         return None if data is NOTHING else data
+
+
+class _Lenient(bytearray):
+    """Bytes that become text whatever they are: those that are not UTF-8 as escapes."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a number, or a part that is as lenient."""
+        part = super().__getitem__(index)
+        return _Lenient(part) if isinstance(index, slice) else part
+
+    def decode(self, encoding: str = "utf-8", _errors: str = "strict") -> str:
+        """Return the text without ever raising."""
+        return super().decode(encoding, "backslashreplace")
+
+
+class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
+    """Records of which one may have a header whose name is not UTF-8: other clients can write that.
+
+    The client's own cannot be got past, by any offset before it or behind.
+    """
+
+    def _read_msg(self, *args: Any) -> Any:
+        try:
+            return super()._read_msg(*args)
+        except UnicodeDecodeError:  # nothing of the record has been taken yet
+            self._buffer: Any = _Lenient(self._buffer)
+            return super()._read_msg(*args)
+
+
+memory_records.DefaultRecordBatch = _Batch  # the client has no setting for it
 
 
 class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no types
@@ -645,8 +677,9 @@ def _topic_configs(spec: TopicSpec) -> dict[str, str]:
     return configs
 
 
-def _send(producer: Any, message: Message) -> Any:
-    return producer.send(
+def _send(producer: Any, message: Message) -> tuple[Message, Any]:
+    """Hand a message to the client and return it with what will be its result."""
+    return message, producer.send(
         message.topic,
         value=NOTHING if message.value is None else message.value,
         key=message.key,
@@ -656,13 +689,22 @@ def _send(producer: Any, message: Message) -> Any:
     )
 
 
-def _delivered(producer: Any, results: Iterable[Any]) -> None:
+def _delivered(producer: Any, results: Iterable[tuple[Message, Any]]) -> None:
     """Wait until every message is written, or raise why one was not."""
     producer.flush(DELIVERY_TIMEOUT)
-    for result in results:
+    for message, result in results:
         if not result.is_done:
-            raise kafka_errors.KafkaTimeoutError(f"a record was not taken within {DELIVERY_TIMEOUT:.0f} s")
-        result.get()
+            raise kafka_errors.KafkaTimeoutError(
+                f"a record for {message.topic!r} was not taken within {DELIVERY_TIMEOUT:.0f} s"
+            )
+        try:
+            result.get()
+        except (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError) as error:
+            size = len(message.value or b"") + len(message.key or b"")
+            raise Fatal(
+                f"a record of {size} bytes is too large for topic {message.topic!r}: "
+                "raise its max.message.bytes, or send shorter chunks"
+            ) from error
 
 
 def _records(polled: Mapping[Any, Sequence[Any]]) -> list[Record]:
