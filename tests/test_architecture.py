@@ -25,6 +25,8 @@ ORDER = (
         "telemetry",
         "service",
         "play",
+        "text",
+        "dlq",
         "board",
         "watch",
     ),

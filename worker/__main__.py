@@ -195,6 +195,37 @@ def _watch(config: Config, own: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _dlq_list(config: Config, own: dict[str, Any]) -> int:
+    from worker import dlq
+
+    topics = Topics(config.topic_prefix)
+    selection = dlq.Selection(own["reason"], own["source"])
+    with closing(_broker(config.broker, topics)) as broker:
+        letters = (letter for batch in dlq.letters(broker, topics, selection) for letter in batch)
+        if selection == dlq.Selection() and not own["json"]:
+            print(*dlq.table(letters), sep="\n")
+            return EXIT_OK
+        for letter in letters:
+            print(dlq.json_line(letter) if own["json"] else dlq.line(letter))
+    return EXIT_OK
+
+
+def _dlq_replay(config: Config, own: dict[str, Any]) -> int:
+    stop = _stop_on_signals()
+    from worker import dlq
+
+    topics = Topics(config.topic_prefix)
+    selection = dlq.Selection(own["reason"], own["source"])
+    tally = dlq.Tally()
+    try:
+        with closing(_broker(config.broker, topics)) as broker:
+            dlq.replay(broker, topics, selection, tally, again=own["again"], dry_run=own["dry_run"], stop=stop)
+    finally:  # what was committed is so, whatever happened then
+        for line in dlq.report(tally, topics, dry_run=own["dry_run"]):
+            print(line)
+    return EXIT_OK
+
+
 def _asyncapi(config: Config, _: dict[str, Any]) -> int:
     print(json.dumps(asyncapi(Topics(config.topic_prefix)), indent=2))
     return EXIT_OK
@@ -239,6 +270,8 @@ COMMANDS: Final[dict[str, Callable[[Config, dict[str, Any]], int]]] = {
     "run": _run,
     "play": _play,
     "watch": _watch,
+    "dlq list": _dlq_list,
+    "dlq replay": _dlq_replay,
     "topics": _topics,
     "asyncapi": _asyncapi,
 }

@@ -10,15 +10,26 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from worker.config import Config
+from worker.errors import Reason
 
 SETTINGS: Final = frozenset({*Config.__struct_fields__, "config"})
 """The options that are settings, and may come from the environment or a file as well."""
 
 LONGEST: Final = 3600.0
 """Seconds that one piece of sound may last; whoever asks for more has mistyped it."""
+
+DLQ_REPLAY: Final = """\
+Every record goes back once, with its key, value, headers and timestamp, to the partition where it
+stood. The copy and a note of it on audio.dlq are written in one transaction, and a second replay
+fences the first: whatever is killed, and however often it is tried, what has a note is not sent
+again, except by --again. A copy that is rejected once more is a dead letter of its own, which
+`dlq list` shows as rejected again.
+
+The worker takes a copy for a new record: it is processed now, behind what came since, so that a
+drift detector hears it late."""
 
 _DEFAULTS: Final = Config()
 
@@ -116,6 +127,30 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--from-beginning", action="store_true", help="not only what comes from now on")
     watch.add_argument("--count", type=number(int, 1), metavar="N", help="end after N predictions and rejections")
 
+    dlq = commands.add_parser("dlq", help="`dlq list` shows rejected records, `dlq replay` sends them back")
+    actions = dlq.add_subparsers(required=True, metavar="ACTION")
+    shown = _command(
+        actions,
+        "list",
+        "show the rejected records by reason; with a filter or --json, each of them",
+        "earshot-worker dlq list --reason undecodable",
+    )
+    shown.set_defaults(command="dlq list")
+    shown.add_argument("--json", action="store_true", help="one JSON object a line")
+    sent = _command(
+        actions,
+        "replay",
+        "send the rejected records back to audio.in",
+        "earshot-worker dlq replay --reason too-large --dry-run",
+        details=DLQ_REPLAY,
+    )
+    sent.set_defaults(command="dlq replay")
+    sent.add_argument("--dry-run", action="store_true", help="only say what would be sent")
+    sent.add_argument("--again", action="store_true", help="also what was sent back before")
+    for each in (shown, sent):
+        each.add_argument("--reason", choices=get_args(Reason), metavar="R", help=f"only {', '.join(get_args(Reason))}")
+        each.add_argument("--source", metavar="NAME", help="only records with this key")
+
     topics = _command(
         commands, "topics", "create the topics that are not there yet", "earshot-worker topics --partitions 6"
     )
@@ -144,11 +179,11 @@ def number(kind: type[int | float], low: float, high: float = sys.maxsize) -> Ca
     return read
 
 
-def _command(commands: Any, name: str, purpose: str, example: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, purpose: str, example: str, details: str = "") -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        description=f"{purpose[0].upper()}{purpose[1:]}.\n\n{details}".rstrip(),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

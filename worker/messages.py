@@ -311,7 +311,7 @@ def asyncapi(topics: Topics) -> dict[str, Any]:
     channels: dict[str, tuple[str, tuple[str, ...]]] = {
         "audioIn": (topics.audio_in, ("Audio",)),
         "predictionsOut": (topics.predictions_out, ("Classification", "Regression")),
-        "audioDlq": (topics.audio_dlq, ("Rejection",)),
+        "audioDlq": (topics.audio_dlq, ("Rejection", "Replayed")),
         "driftEvents": (topics.drift_events, ("DriftDetected", "RetrainRequested")),
     }
     audio = {
@@ -328,7 +328,11 @@ def asyncapi(topics: Topics) -> dict[str, Any]:
         "headers": {"type": "object", "properties": {f"earshot_{name}": {"type": "string"} for name in reasons}},
         "payload": {"type": "string", "format": "binary"},
     }
-    messages: dict[str, Any] = {"Audio": audio, "Rejection": rejection}
+    replayed = {
+        "title": "A note that a rejected record, named as topic/partition/offset, was sent back to audio.in; no value",
+        "headers": {"type": "object", "properties": {"earshot_replayed": {"type": "string"}}},
+    }
+    messages: dict[str, Any] = {"Audio": audio, "Rejection": rejection, "Replayed": replayed}
     for struct in published:
         name = struct.__name__
         messages[name] = {"contentType": JSON_TYPE, "payload": {"$ref": f"#/components/schemas/{name}"}}

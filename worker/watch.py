@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,6 +24,7 @@ from rich.live import Live
 
 from worker.board import Board
 from worker.broker import Broker
+from worker.dlq import Note, Rejection, decode
 from worker.messages import (
     DRIFT_TYPE,
     PREDICTION_TYPE,
@@ -38,11 +38,8 @@ from worker.messages import (
     Regression,
     RetrainRequested,
     Topics,
-    instant,
 )
-
-TEXT_LIMIT: Final = 200
-"""Characters shown of one text from the wire: a detail fits, a flood does not."""
+from worker.text import clean, decoded, place, stamp
 
 SIGNALS_SHOWN: Final = 3
 """Signals named for a drift event, the largest shifts first; the others are counted."""
@@ -67,23 +64,13 @@ class Tally(msgspec.Struct):
         return self.predictions + self.rejections
 
 
-class Rejection(msgspec.Struct, frozen=True):
-    """Why a record was rejected, and where it stood."""
-
-    reason: str
-    detail: str
-    topic: str
-    partition: int
-    offset: int
-
-
 class Unreadable(msgspec.Struct, frozen=True):
     """What is wrong with a record that is not Earshot's."""
 
     detail: str
 
 
-Event = Prediction | DriftEvent | Rejection | Unreadable
+Event = Prediction | DriftEvent | Rejection | Note | Unreadable
 
 
 class _Seen(msgspec.Struct, frozen=True):
@@ -104,6 +91,7 @@ _TYPES: Final[dict[type, str]] = {
     DriftDetected: DRIFT_TYPE,
     RetrainRequested: RETRAIN_TYPE,
     Rejection: "earshot.rejection",
+    Note: "earshot.replayed",
     Unreadable: "earshot.unreadable",
 }
 
@@ -178,14 +166,11 @@ def _read(record: Record, topics: Topics) -> _Seen:
             | DriftDetected(source=source, detected=at)
             | RetrainRequested(source=source, since=at)
         ):
-            time = _stamp(at.time)
+            time = stamp(at.time)
         case _:
-            source = _text(record.key or dict(record.headers).get("ce_source"))
-            try:
-                time = _stamp(instant(record.timestamp))
-            except (ValueError, OverflowError, OSError):  # a producer may claim a time for which there is no date
-                time = "?"
-    return _Seen(record, event, _clean(source), time)
+            source = decoded(record.key or dict(record.headers).get("ce_source"))
+            time = stamp(record.timestamp)
+    return _Seen(record, event, clean(source), time)
 
 
 def _event(record: Record, topics: Topics) -> Event:
@@ -195,10 +180,7 @@ def _event(record: Record, topics: Topics) -> Event:
             kind = Prediction if record.topic == topics.predictions_out else DriftEvent
             event: Event = msgspec.json.decode(record.value or b"", type=kind)
             return event
-        why = {name.removeprefix("earshot_"): _text(value) for name, value in record.headers}
-        return Rejection(why["reason"], why["detail"], why["topic"], int(why["partition"]), int(why["offset"]))
-    except KeyError as error:
-        return Unreadable(f"there is no header earshot_{error.args[0]}")
+        return decode(record)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         return Unreadable(str(error))
 
@@ -226,15 +208,17 @@ def _take(board: Board, seen: _Seen) -> None:
     _, words = _described(event)
     match event:
         case Classification():
-            board.classified(source, time, _clean(event.label), event.confidence)
+            board.classified(source, time, clean(event.label), event.confidence)
         case Regression():
-            board.measured(source, time, f"{_measured(event)} {_clean(event.target)}")
+            board.measured(source, time, f"{_measured(event)} {clean(event.target)}")
         case Rejection():
             board.rejected(source, time, " ".join(words.split()))
         case DriftDetected():
             board.changed(source, event.since, words)
         case RetrainRequested():
             board.requested(source, event.since, f"changed {_since(event.since)}")
+        case Note():
+            pass  # its copy comes with a prediction or a rejection of its own
         case Unreadable():
             board.unreadable(f"{_place(seen.record)}: {words}")
 
@@ -259,7 +243,7 @@ def _json_line(seen: _Seen) -> str:
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
-            "key": None if record.key is None else _text(record.key),
+            "key": None if record.key is None else decoded(record.key),
             "type": _TYPES[type(seen.event)],
             "data": msgspec.to_builtins(seen.event),
         }
@@ -274,23 +258,23 @@ def _plain_line(seen: _Seen) -> str:
 def _described(event: Event) -> tuple[str, str]:
     """Return the kind of an event in one word, and the event in words."""
     match event:
-        case Classification():
-            return "prediction", f"{_clean(event.label):20}  {event.confidence:.2f}"
-        case Regression():
-            return "prediction", f"{_clean(event.target):20}  {_measured(event)}"
+        case Classification() | Regression():
+            return "prediction", _heard(event)
         case Rejection():
-            return "rejection", f"{_clean(event.reason):20}  {_place(event)}: {_clean(event.detail)}"
+            return "rejection", f"{clean(event.reason):20}  {_place(event)}: {clean(event.detail)}"
         case DriftDetected():
             return "drift", f"changed {_since(event.since)}: {_shifts(event)} (training standard deviations)"
         case RetrainRequested():
             return "retrain", f"retraining requested for the change {_since(event.since)}"
+        case Note():
+            return "replay", f"{_place(event)} was sent back"
         case Unreadable():
-            return "unreadable", _clean(event.detail)
+            return "unreadable", clean(event.detail)
 
 
 def _shifts(drift: DriftDetected) -> str:
     words = [
-        f"{_clean(shift.signal.removeprefix('feature.'))} {shift.before:.1f} -> {shift.after:.1f}"
+        f"{clean(shift.signal.removeprefix('feature.'))} {shift.before:.1f} -> {shift.after:.1f}"
         for shift in drift.signals[:SIGNALS_SHOWN]
     ]
     if more := len(drift.signals) - len(words):
@@ -299,27 +283,18 @@ def _shifts(drift: DriftDetected) -> str:
 
 
 def _since(since: Position) -> str:
-    return f"at offset {since.offset} ({_stamp(since.time)})"
+    return f"at offset {since.offset} ({stamp(since.time)})"
+
+
+def _heard(prediction: Prediction) -> str:
+    if isinstance(prediction, Classification):
+        return f"{clean(prediction.label):20}  {prediction.confidence:.2f}"
+    return f"{clean(prediction.target):20}  {_measured(prediction)}"
 
 
 def _measured(regression: Regression) -> str:
     return f"{regression.value:.4g} ± {regression.spread:.2g}"
 
 
-def _place(at: Record | Rejection) -> str:
-    return f"{_clean(at.topic)}/{at.partition}/{at.offset}"
-
-
-def _stamp(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M:%S}"
-
-
-def _text(raw: bytes | None) -> str:
-    return (raw or b"").decode(errors="backslashreplace")
-
-
-def _clean(text: str) -> str:
-    """Return a text on one line and not too long, with nothing in it that moves or colours a terminal."""
-    cut = text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}…"
-    line = " ".join(cut.split())
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+def _place(at: Record | Rejection | Note) -> str:
+    return place(at.topic, at.partition, at.offset)

@@ -352,13 +352,12 @@ class TestUsage:
     def test_each_command_has_an_example(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
         """Its help ends with a command line to copy, which the parser takes."""
         with pytest.raises(SystemExit) as exit_:
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         assert 0 == exit_.value.code
         *_, heading, example = capsys.readouterr().out.strip().splitlines()
         assert "example:" == heading
-        program, *arguments = example.split()
-        assert ("earshot-worker", command) == (program, arguments[0])
-        parser().parse_args(arguments)
+        assert f"{example} ".startswith(f"  earshot-worker {command} ")
+        parser().parse_args(example.split()[1:])
 
     def test_help_is_fast(self) -> None:
         """It imports nothing that takes its time, and neither does the embedded broker."""

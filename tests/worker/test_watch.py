@@ -272,6 +272,7 @@ def test_json_rejection() -> None:
             "topic": "audio.in",
             "partition": 0,
             "offset": 5,
+            "timestamp": START + 5000,
         },
     }
     assert expected == json.loads(text)
