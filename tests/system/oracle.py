@@ -111,9 +111,10 @@ def _compare(topic: str, expected: Sequence[Record], actual: Sequence[Record]) -
 
 def _disorder(wanted: Mapping[Origin, Record], found: Mapping[Origin, Record]) -> Iterator[str]:
     """Say which records stand in another place than they should among those of their source that both runs have."""
-    should, does = _lanes(wanted, found), _lanes(found, wanted)
+    common = {each for each, record in wanted.items() if each in found and found[each].key == record.key}
+    should, does = _lanes(wanted, common), _lanes(found, common)
     for lane, origins in should.items():
-        for one, other in zip(origins, does[lane], strict=False):
+        for one, other in zip(origins, does[lane], strict=True):
             if one != other:
                 yield f"out of order: expected {_quote(wanted[one])}\n  and found {_quote(found[other])}"
 
