@@ -14,16 +14,13 @@ import pytest
 
 import trainer.__main__
 import worker.arguments
+from tests.system import demo
 from worker.config import resolve
-from worker.play import parse_degradation
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 COMPOSE: Final = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE: Final = (ROOT / "Dockerfile").read_text()
 DOCKERIGNORE: Final = (ROOT / ".dockerignore").read_text()
-
-LONG_ENOUGH: Final = 200.0
-"""Seconds of sound: the drift of this very stream was known 160 s after it began."""
 
 PARSERS: Final = {"earshot-trainer": trainer.__main__.parser(), "earshot-worker": worker.arguments.parser()}
 
@@ -87,10 +84,11 @@ def test_the_build_context_holds_what_the_image_is_made_of() -> None:
     assert [] == [path for path in sources if not (ROOT / path).exists()]
 
 
-def test_the_stream_is_long_enough_to_notice_the_drift() -> None:
-    """The microphone works well for a while before it is covered, and goes on for long enough after that."""
+def test_it_is_the_demo() -> None:
+    """The microphone works as long, is covered in the same way, and goes on as long as in `make demo`."""
     (play,) = _of("earshot-worker play")
     _, live = _of("earshot-trainer simulate")
-    (degradation,) = [parse_degradation(each) for each in play["degrade"]]
-    assert degradation.start >= LONG_ENOUGH
-    assert live["clips"] * live["seconds"] - degradation.start >= LONG_ENOUGH
+    assert [demo.DEGRADATION] == play["degrade"]
+    assert demo.SOURCE == play["source"]
+    assert live["clips"] * live["seconds"] >= demo.CLEAN_SECONDS + demo.DEGRADED_SECONDS
+    assert f'"--seed", "{live["seed"]}", "--clips", "{live["clips"]}"' in Path(demo.__file__).read_text()

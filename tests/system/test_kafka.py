@@ -94,7 +94,7 @@ def test_two_workers_answer_each_of_2000_real_chunks_once(
     """Read with read_committed there are 2,000 predictions, one for each chunk, and both workers have worked."""
     prefix = f"{uuid.uuid4()}."
     cluster = ("--broker", f"kafka://{kafka_address}", "--topic-prefix", prefix)
-    serve = ("--model", machine_bundle, *cluster, "--max-batch-records", "64")
+    serve = ("--model", machine_bundle, *cluster, "--max-batch-records", "64", "--log-level", "debug")
     run("earshot-worker", "topics", "--partitions", str(PARTITIONS), *cluster)
     with (
         worker(tmp_path / "a.log", *serve, "--instance", "a") as first,

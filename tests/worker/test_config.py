@@ -50,8 +50,8 @@ class TestPrecedence:
         """Each setting is a flag, a variable and a line of the file under the one name that it has."""
         default = getattr(Config(), name)
         choices: dict[str, Any] = {"log_format": "json", "log_level": "debug"}
-        numbers: dict[type, Any] = {int: 7, float: 0.5}
-        value = choices.get(name) or numbers.get(type(default), "other")
+        others: dict[type, Any] = {bool: True, int: 7, float: 0.5}
+        value = choices.get(name) or others.get(type(default), "other")
         path = tmp_path / "earshot.toml"
         path.write_text(f"{name} = {msgspec.json.encode(value).decode()}\n")
 

@@ -94,14 +94,17 @@ class TestServing:
     ) -> None:
         """A folder is played; one worker is stopped in the middle by SIGTERM, the next by SIGINT; nothing is lost."""
         at = ("--broker", database)
+        debug = ("--log-level", "debug")
         options = ("--source", SOURCE, "--speed", "0", "--chunk", str(CHUNK))
         assert 0 == main(["play", str(machines / "audio"), *options, *at])
         assert f"{CHUNKS} chunks of {SOURCE} sent to audio.in\n" == capsys.readouterr().out
 
-        with worker(tmp_path / "first.log", "--model", machine_bundle, *at, "--max-batch-records", "1") as first:
+        with worker(
+            tmp_path / "first.log", "--model", machine_bundle, *at, *debug, "--max-batch-records", "1"
+        ) as first:
             wait_for(lambda: first.events("committed"), "a first commit")
             assert 0 == first.stop(signal.SIGTERM)
-        with worker(tmp_path / "second.log", "--model", machine_bundle, *at) as second:
+        with worker(tmp_path / "second.log", "--model", machine_bundle, *at, *debug) as second:
             wait_for(lambda: records_of(first) + records_of(second) >= CHUNKS, "the rest of the chunks")
             assert 0 == second.stop(signal.SIGINT)
         assert 0 < records_of(first) < CHUNKS, "it was not stopped in the middle, and nothing is shown"
@@ -109,7 +112,7 @@ class TestServing:
 
         entries = [json.loads(line) for name in ("first", "second") for line in open_log(tmp_path / f"{name}.log")]
         assert all({"action", "level", "timestamp"} <= set(entry) for entry in entries)
-        assert {"started", "assigned", "committed", "stopped"} == {entry["action"] for entry in entries}
+        assert {"started", "restoring", "assigned", "committed", "stopped"} == {entry["action"] for entry in entries}
         assert "stopped" == entries[-1]["action"]
 
         assert 0 == main(["watch", "--json", "--from-beginning", "--count", str(CHUNKS), *at])

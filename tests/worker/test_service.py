@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 from structlog.testing import capture_logs
@@ -24,7 +25,7 @@ from worker.broker_sqlite import SqliteBroker
 from worker.errors import Fatal, Retryable
 from worker.messages import Message, Record, Topics
 from worker.pipeline import Batch, Restored
-from worker.service import FIRST_PAUSE, LONGEST_PAUSE, SETTLED, GaveUp, Service
+from worker.service import FIRST_PAUSE, LONGEST_PAUSE, PROGRESS, SETTLED, GaveUp, Service
 
 TOPICS = Topics()
 
@@ -56,7 +57,8 @@ class Counter:
             count = states[partition][(key or b"").decode()]
             outputs.append(Message(TOPICS.drift_state, key, b"%d" % count, partition=partition))
         offsets = {record.partition: record.offset + 1 for record in records}
-        return Batch(outputs, offsets, len(records), Rejections(), **self.also)
+        made: dict[str, Any] = {"outputs": outputs, "offsets": offsets, "predictions": len(records)}
+        return Batch(**({"rejections": Rejections()} | made | self.also))
 
     def restore(self, states: Counts, records: Iterable[Record]) -> Restored:
         sources = foreign = unreadable = 0
@@ -185,6 +187,7 @@ def serve(broker: Any, pipeline: Counter, **settings: Any) -> list[Any]:
         "max_batch_bytes": 1 << 20,
         "poll_seconds": 1.0,
         "give_up_seconds": 300.0,
+        "pulse": Pulse(),
     }
     with capture_logs() as logs:
         Service(
@@ -268,6 +271,56 @@ class TestLoop:
         )
         assert "stopped" == stopped["event"]
 
+    def test_says_what_is_not_everyday(self) -> None:
+        """Drift, rejections by reason, a bug with its traceback, forgotten sources: once a batch, if there were any."""
+        try:
+            raise ZeroDivisionError("a bug")
+        except ZeroDivisionError as error:
+            failure = error
+        rejections = Rejections({"undecodable": 2, "internal-error": 1})
+        pipeline = Counter(rejections=rejections, drifts=2, silent=3, crowded_out=4, failure=failure)
+
+        logs = serve(ScriptedBroker(Scripted(polled(sound(0)))), pipeline)
+
+        found = {(entry["event"], entry["log_level"]): entry for entry in logs}
+        assert 3 == found["committed", "debug"]["rejections"]
+        assert 2 == found["drift", "info"]["events"]
+        assert {"internal-error": 1, "undecodable": 2} == found["rejected", "warning"]["reasons"]
+        assert 3 == found["sources.forgotten", "info"]["sources"]
+        assert 4 == found["sources.forgotten", "warning"]["sources"]
+        bug = found["internal_error", "error"]
+        assert 1 == bug["records"]
+        assert "Traceback" in bug["first"]
+        assert "ZeroDivisionError: a bug" in bug["first"]
+
+    def test_says_nothing_of_what_is(self) -> None:
+        """A batch in which nothing happened is not worth a line above debug."""
+        logs = serve(ScriptedBroker(Scripted(polled(sound(0)), polled(sound(1)))), Counter())
+
+        assert ["committed", "committed"] == [entry["event"] for entry in logs if entry["log_level"] == "debug"]
+        assert ["stopped"] == [entry["event"] for entry in logs if entry["log_level"] != "debug"]
+
+
+class TestMemory:
+    def test_of_a_transaction_is_bounded(self) -> None:
+        """A poll that brings more bytes becomes several transactions, in order, before the next poll."""
+        # A record is a value of 5 bytes and a key of 3.
+        records = [sound(offset) for offset in range(5)]
+        session = Scripted(polled(*records, assigned=[0]), polled(sound(5)))
+
+        serve(ScriptedBroker(session), Counter(), max_batch_bytes=16)
+
+        assert [([1, 2], {0: 2}), ([3, 4], {0: 4}), ([5], {0: 5}), ([6], {0: 6})] == session.committed
+
+    def test_a_larger_record_goes_alone(self) -> None:
+        """A record that is larger than a transaction may be is one by itself, with its headers counted."""
+        large = msgspec.structs.replace(sound(1), headers=(("name", b"x" * 100),))
+        session = Scripted(polled(sound(0), large, sound(2), sound(3), assigned=[0]))
+
+        serve(ScriptedBroker(session), Counter(), max_batch_bytes=20)
+
+        assert [([1], {0: 1}), ([2], {0: 2}), ([3, 4], {0: 4})] == session.committed
+
 
 class TestAssignment:
     def test_restores_before_it_processes(self) -> None:
@@ -312,6 +365,31 @@ class TestAssignment:
 
         assert [([1, 2], {0: 9})] == session.committed
         assert [2] == [entry["sources"] for entry in logs if entry["event"] == "state.of_another_model"]
+
+    def test_a_long_restore_shows_its_progress(self) -> None:
+        """While states are restored, it says every few seconds how many there are."""
+        broker = ScriptedBroker()
+
+        def slowly() -> Iterator[Record]:
+            for number in range(12):
+                broker.stop.now += PROGRESS / 4
+                yield state(b"1", f"mic-{number}")
+
+        broker._script.append(Scripted(polled(sound(0, "mic-0"), assigned=[0]), saved=slowly()))
+
+        logs = serve(broker, Counter())
+
+        said = [entry.get("sources") for entry in logs if entry["event"] == "restoring"]
+        assert [None, 3, 7, 11] == said
+        assert [12] == [entry["sources"] for entry in logs if entry["event"] == "assigned"]
+
+    def test_states_that_start_anew_are_counted(self) -> None:
+        """With --reset-state, what could not be read is said once, with a count."""
+        session = Scripted(polled(sound(0), assigned=[0]), saved=[state(b"unreadable"), state(b"unreadable", "a")])
+
+        logs = serve(ScriptedBroker(session), Counter())
+
+        assert [("warning", 2)] == [(e["log_level"], e["sources"]) for e in logs if e["event"] == "state.reset"]
 
 
 class TestRecovery:
