@@ -23,6 +23,7 @@ ORDER = (
         "broker_kafka",
         "broker_sqlite",
         "telemetry",
+        "health",
         "service",
         "play",
         "text",

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -61,6 +61,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
     from worker.audio import Limits
     from worker.bundle import load
     from worker.drift import DriftPolicy
+    from worker.health import STUCK, Pulse, endpoint
     from worker.pipeline import Pipeline
     from worker.service import Service
     from worker.states import Retention
@@ -78,7 +79,12 @@ def _run(config: Config, _: dict[str, Any]) -> int:
         Retention(max_sources=config.max_sources, forget_after=config.forget_after),
         reset_state=config.reset_state,
     )
-    with closing(_broker(config.broker, topics)) as broker:
+    pulse = Pulse(stuck_after=STUCK + config.poll_seconds)
+    with ExitStack() as stack:
+        if config.health_port is not None:
+            port = stack.enter_context(endpoint(pulse, config.health_host, config.health_port))
+            log.info("health", host=config.health_host, port=port)
+        broker = stack.enter_context(closing(_broker(config.broker, topics)))
         log.info("started", model=bundle.id.name, version=bundle.id.version, hash=bundle.id.hash, broker=config.broker)
         Service(
             broker,
@@ -90,6 +96,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
             poll_seconds=config.poll_seconds,
             give_up_seconds=config.give_up_seconds,
             stop=stop,
+            pulse=pulse,
             log=log,
         ).run()
     return EXIT_OK

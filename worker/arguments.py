@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="where a drift state cannot be read, start the detectors of that source anew (end with status 1)",
     )
+    _setting(run, "--health-port", metavar="N", help="answer GET /livez and /readyz here; 0: any free", default="off")
+    _setting(run, "--health-host", metavar="HOST", help="the address to answer on; whoever reaches it is answered")
     _setting(run, "--log-format", metavar="auto|console|json", help="what the log on standard error looks like")
     _setting(run, "--log-level", metavar="LEVEL", help="debug, info, warning or error")
 

@@ -21,6 +21,7 @@ ENVIRONMENT_PREFIX: Final = "EARSHOT_"
 
 Positive = Annotated[float, Meta(gt=0, le=1e6)]  # eleven days: nothing can wait for `inf`
 Count = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +44,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_sources: Count = 1_000
     forget_after: Count = 100_000_000
     reset_state: bool = False
+    health_port: Port | None = None
+    health_host: str = "127.0.0.1"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

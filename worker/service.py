@@ -17,6 +17,7 @@ from typing import Final
 
 from worker.broker import Broker, Session
 from worker.errors import Retryable
+from worker.health import Pulse
 from worker.messages import Record
 from worker.pipeline import Batch, Pipeline, States
 from worker.telemetry import Log
@@ -54,6 +55,7 @@ class Service:
         poll_seconds: float,
         give_up_seconds: float,
         stop: Event,
+        pulse: Pulse,
         log: Log,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +68,7 @@ class Service:
         self._poll_seconds = poll_seconds
         self._give_up_seconds = give_up_seconds
         self._stop = stop
+        self._pulse = pulse
         self._log = log
         self._clock = clock
         self._last_advance = -math.inf
@@ -83,6 +86,7 @@ class Service:
             joined = self._clock()
             try:
                 with closing(self._broker.join(self._group, self._instance)) as session:
+                    self._pulse.beat("joined")
                     self._serve(session)
             except Retryable as error:
                 now = self._clock()
@@ -91,6 +95,8 @@ class Service:
                 failing = now - failing_since
                 if failing > self._give_up_seconds:
                     raise GaveUp(f"gave up after {failing:.0f} s without the broker: {error}") from error
+                self._pulse.unready(f"the session was lost: {error}")
+                self._pulse.beat("lost its session")
                 self._log.warning("session.lost", why=str(error), next_try_seconds=pause)
                 self._stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -101,6 +107,7 @@ class Service:
         settled = self._clock() + SETTLED
         while not self._stop.is_set():
             records, assigned, revoked = session.poll(self._poll_seconds, self._max_batch_records)
+            self._pulse.beat("polled")
             started = self._clock()
             if assigned or revoked:
                 for partition in revoked:
@@ -117,9 +124,11 @@ class Service:
         """Run the pipeline and commit what it has made, in one transaction."""
         started = self._clock()
         batch = self._pipeline.run(states, records)
+        self._pulse.beat("heard a batch")
         with session.transaction() as transaction:
             transaction.send(batch.outputs)
             transaction.commit_offsets(batch.offsets)
+        self._pulse.beat("committed")
         self._last_advance = self._clock()
         self._tell(batch, seconds=round(self._last_advance - started, 4))
 
@@ -151,6 +160,8 @@ class Service:
             return
         self._log.info("restoring", partitions=sorted(partitions))
         restored = self._pipeline.restore(states, self._counted(session.restore(partitions)))
+        self._pulse.beat("restored")
+        self._pulse.ready()
         if restored.foreign:
             self._log.warning("state.of_another_model", sources=restored.foreign, effect="their detectors start anew")
         if restored.unreadable:

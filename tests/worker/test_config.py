@@ -49,7 +49,7 @@ class TestPrecedence:
     def test_every_setting_in_every_layer(self, name: str, tmp_path: Path) -> None:
         """Each setting is a flag, a variable and a line of the file under the one name that it has."""
         default = getattr(Config(), name)
-        choices: dict[str, Any] = {"log_format": "json", "log_level": "debug"}
+        choices: dict[str, Any] = {"log_format": "json", "log_level": "debug", "health_port": 8080}
         others: dict[type, Any] = {bool: True, int: 7, float: 0.5}
         value = choices.get(name) or others.get(type(default), "other")
         path = tmp_path / "earshot.toml"
@@ -144,6 +144,7 @@ class TestRefusals:
             *((name, value) for name in ("max_record_seconds", "drift_block_seconds") for value in ("0", "nan", "")),
             *(("drift_delta", value) for value in ("0", "1", "nan", "2e-3 ")),
             *(("drift_quorum", value) for value in ("0", "two")),
+            *(("health_port", value) for value in ("-1", "65536", "http", "")),
             *(("log_format", value) for value in ("", "xml")),
             *(("log_level", value) for value in ("", "INFO", "trace")),
         ],

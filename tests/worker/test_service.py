@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from worker.broker import Polled, Session, Transaction
 from worker.broker_sqlite import SqliteBroker
 from worker.errors import Fatal, Retryable
+from worker.health import Pulse
 from worker.messages import Message, Record, Topics
 from worker.pipeline import Batch, Restored
 from worker.service import FIRST_PAUSE, LONGEST_PAUSE, PROGRESS, SETTLED, GaveUp, Service
