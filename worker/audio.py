@@ -145,7 +145,8 @@ def to_mono(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average the channels of (frames, channels) samples; one channel is passed through."""
     if samples.shape[1] == 1:
         return samples[:, 0]
-    mixed: NDArray[np.float32] = samples.mean(axis=1, dtype=np.float64).astype(np.float32)  # float32 may overflow
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities are for `_sound` to reject, not for a warning
+        mixed: NDArray[np.float32] = samples.mean(axis=1, dtype=np.float64).astype(np.float32)  # float32 may overflow
     return mixed
 
 
