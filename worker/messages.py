@@ -32,6 +32,10 @@ DLQ_MESSAGE_BYTES: Final = 16 * 1024**2
 fits together with the reason whatever audio.in takes."""
 
 
+SOURCE_BYTES: Final = 1_024
+"""The longest name of a source: each is kept in memory, and a broker takes keys as long as a value."""
+
+
 class TopicSpec(NamedTuple):
     """A topic as it has to be created; ``max_message_bytes`` None leaves that to the broker."""
 
@@ -301,7 +305,7 @@ def rejection_message(topics: Topics, record: Record, why: BadRecord) -> Message
         ("earshot_offset", str(record.offset).encode()),
         ("earshot_timestamp", str(record.timestamp).encode()),
     )
-    return Message(topics.audio_dlq, record.key, record.value, headers, timestamp=record.timestamp)
+    return Message(topics.audio_dlq, record.key, record.value, headers, timestamp=_timestamp(record))
 
 
 def asyncapi(topics: Topics) -> dict[str, Any]:
@@ -366,7 +370,15 @@ def _event(topic: str, record: Record, data: bytes, id: str, type: str, model: M
         ("ce_time", time.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
         ("content-type", JSON_TYPE.encode()),
     )
-    return Message(topic, record.key, data, headers, timestamp=record.timestamp)
+    return Message(topic, record.key, data, headers, timestamp=_timestamp(record))
+
+
+def _timestamp(record: Record) -> int:
+    """Return when the record was sent; 1970 at the earliest, since brokers refuse what is older than a moving limit.
+
+    A record that was just young enough when it was taken would leave an answer that no broker takes.
+    """
+    return max(record.timestamp, 0)
 
 
 def _header(headers: Mapping[str, bytes], name: str) -> str | None:
@@ -380,6 +392,10 @@ def _header(headers: Mapping[str, bytes], name: str) -> str | None:
 
 
 def _source(key: bytes | None, headers: Mapping[str, bytes]) -> str:
+    length = len(key or headers.get("ce_source", b""))
+    if length > SOURCE_BYTES:
+        named = f"the source is named with {length} bytes, the limit is {SOURCE_BYTES}"
+        raise BadRecord("bad-key" if key else "bad-header", named)
     if key:
         try:
             return key.decode()

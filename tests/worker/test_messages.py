@@ -153,6 +153,8 @@ class TestDecode:
             (record(key=None), "no-source", "ce_source"),
             (record(("ce_source", b""), key=b""), "no-source", "one of them must name the source"),
             (record(key=b"\xff\xfe"), "bad-key", r"UTF-8: b'\xff\xfe'"),
+            (record(key=b"k" * 1_025), "bad-key", "1025 bytes, the limit is 1024"),
+            (record(("ce_source", b"k" * 1_025), key=None), "bad-header", "1025 bytes, the limit is 1024"),
             (record(("ce_source", b"\xff"), key=None), "bad-header", r"'ce_source' is not UTF-8: b'\xff'"),
             (record(("content-type", b"\xc3")), "bad-header", "'content-type' is not UTF-8"),
             (record(("ce_time", b"\x80")), "bad-header", "'ce_time' is not UTF-8"),
@@ -260,6 +262,7 @@ class TestPredictions:
 
     def test_event(self) -> None:
         """A prediction is a CloudEvent under the key and the timestamp of its record."""
+        assert 0 == messages.prediction_message(TOPICS, record(timestamp=-(2**62)), regression()).timestamp
         message = messages.prediction_message(TOPICS, record(timestamp=5), regression())
 
         assert ("predictions.out", b"mic-1", None, 5) == (
