@@ -14,6 +14,7 @@ offsets that takes as many records as the operator has named.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import msgspec
@@ -53,7 +54,7 @@ class Sources:
         self._profile = profile
         self._policy = policy
         self._retention = retention
-        self._states: dict[bytes, SourceState] = {}  # the least recently heard first
+        self._states: OrderedDict[bytes, SourceState] = OrderedDict()  # the least recently heard first
         self._in_order = True
         self._touched: dict[bytes, None] = {}
         self._silent = 0
@@ -106,10 +107,9 @@ class Sources:
     def _arrange(self) -> None:
         """Bring restored states into the order in which they were heard; a broker may give them in another."""
         if not self._in_order:
-            self._states = dict(sorted(self._states.items(), key=lambda item: item[1].heard))
+            self._states = OrderedDict(sorted(self._states.items(), key=lambda item: item[1].heard))
             self._in_order = True
 
     def _forget_eldest(self) -> None:
-        key = next(iter(self._states))
-        del self._states[key]
+        key, _ = self._states.popitem(last=False)
         self._touched[key] = None
