@@ -24,8 +24,8 @@ WATCHED_FEATURES = 8
 """How many of the most important features are watched: enough to say what changed, few enough that
 a state stays at a few kilobytes."""
 
-LEVEL = "rms.mean"
-"""Watched whatever its importance: a change of gain shows here first."""
+ALWAYS_WATCHED = ("rms.mean", "centroid.mean", "bandwidth.mean", "flatness.mean")
+"""Watched whatever their importance: level, colour and noise are what a microphone changes when it goes bad."""
 
 
 def held_out_scores(
@@ -91,11 +91,9 @@ def regression_metrics(values: Vector, targets: Vector, owner: Index) -> dict[st
 
 
 def watched_features(importances: Vector, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the most important features, and the level if the features have one."""
+    """Return the most important features, and of `ALWAYS_WATCHED` those that there are."""
     ranked = [names[index] for index in np.argsort(-importances, kind="stable")[:WATCHED_FEATURES]]
-    if LEVEL in names and LEVEL not in ranked:
-        ranked.append(LEVEL)
-    return tuple(ranked)
+    return (*ranked, *(name for name in ALWAYS_WATCHED if name in names and name not in ranked))
 
 
 def reference_profile(

@@ -91,7 +91,7 @@ def fit(
         Fatal: too many clips are unusable, nothing can be held out, the features cannot be computed
             at this rate, or ``out`` is something else.
     """
-    _check_out(out)
+    bundle.check_replaceable(out)
     try:
         featurizer = Featurizer(spec)
     except ValueError as error:
@@ -168,16 +168,6 @@ def featurize(
     too_many_skipped(skipped, len(dataset.clips))
     owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return Windows(msgspec.structs.replace(dataset, clips=tuple(usable)), np.concatenate(parts), owner, skipped)
-
-
-def _check_out(out: Path) -> None:
-    """Refuse before the work what `bundle.write` would refuse after it."""
-    if out.exists() and not (out / bundle.MANIFEST).is_file():
-        raise Fatal(f"{out} exists and is no model bundle: name another folder, or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Fatal(f"cannot write to {out}: {error}; name another folder") from error
 
 
 def _targets(windows: Windows) -> tuple[NDArray[Any], tuple[str, ...]]:

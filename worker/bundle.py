@@ -17,8 +17,9 @@ import hashlib
 import io
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -137,6 +138,8 @@ class Bundle:
             )
         # From the same features the forest must give the same scores to the last bit: it only compares and adds.
         got = self.scores(expected.features)
+        if got.shape != expected.scores.shape:
+            raise BadModel(f"golden clip {number} gives scores of {got.shape}, expected {expected.scores.shape}")
         if not np.array_equal(got, expected.scores):
             window, column = np.argwhere(got != expected.scores)[0]
             raise BadModel(
@@ -181,9 +184,7 @@ def write(
     Raises:
         Fatal: ``path`` exists and is no bundle.
     """
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise Fatal(f"{path} exists and is no model bundle: name another folder, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
     contents = {
         FEATURIZER: _dump(featurizer),
         FOREST: _dump(forest),
@@ -203,13 +204,31 @@ def write(
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
         temporary.chmod(0o755)
+        # The old bundle is out of the way for a moment only, and gone when the new one is there.
+        replaced = temporary.with_name(f"{temporary.name}-old")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return complete
+
+
+def check_replaceable(path: Path) -> None:
+    """Make the folder above ``path`` if a bundle may be written there: nothing is there, or a bundle and nothing else.
+
+    Raises:
+        Fatal: something else is there (much that is not ours has a ``manifest.json``), or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise Fatal(f"cannot write to {path}: {error}; name another folder") from error
+    if names and names != {MANIFEST, *FILES}:
+        raise Fatal(f"{path} exists and is no model bundle: name another folder, or remove it")
 
 
 def load(path: Path) -> Bundle:
@@ -221,8 +240,7 @@ def load(path: Path) -> Bundle:
     """
     if not (path / MANIFEST).is_file():
         raise BadModel(f"{path} is no model bundle: it has no {MANIFEST}; `earshot-trainer fit` writes one")
-    raw = (path / MANIFEST).read_bytes()
-    manifest = _manifest(path, raw)
+    manifest = _manifest(path)
     contents = _verified(path, manifest)
     made_by, running = manifest.versions.get("scikit-learn"), version("scikit-learn")
     if made_by != running:
@@ -235,7 +253,7 @@ def load(path: Path) -> Bundle:
         raise BadModel(f"{path / FEATURIZER} is not the featurizer that {MANIFEST} describes")
     try:
         profile = msgspec.json.decode(contents[PROFILE], type=ReferenceProfile)
-        identity = ModelId(manifest.name, manifest.created.strftime("%Y%m%dT%H%M%SZ"), hashlib.sha256(raw).hexdigest())
+        identity = ModelId(manifest.name, manifest.created.strftime("%Y%m%dT%H%M%SZ"), model_hash(manifest))
         flat = Forest.from_sklearn(forest)
         _expect(f"the classes of {FOREST}", flat.classes or (), manifest.classes)
         _expect(f"the features of {FOREST}", flat.n_features, len(featurizer.feature_names))
@@ -250,13 +268,24 @@ def load(path: Path) -> Bundle:
     return bundle
 
 
-def _manifest(path: Path, raw: bytes) -> Manifest:
+def model_hash(manifest: Manifest) -> str:
+    """Return the SHA-256 that identifies a model: of its manifest, and so of its files, but not of its hour.
+
+    The same clips, settings and versions give the same model whenever it is trained, and then its
+    predictions keep their ``ce_id``.
+    """
+    timeless = msgspec.structs.replace(manifest, created=datetime.fromtimestamp(0, UTC))
+    return hashlib.sha256(msgspec.json.encode(timeless)).hexdigest()
+
+
+def _manifest(path: Path) -> Manifest:
     try:
+        raw = (path / MANIFEST).read_bytes()
         stated = msgspec.json.decode(raw).get("format")
         if stated != FORMAT:
             raise BadModel(f"{path} has bundle format {stated}; this Earshot reads format {FORMAT}")
         return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (OSError, msgspec.DecodeError, AttributeError) as error:
         raise BadModel(f"{path / MANIFEST} is not readable: {error}") from error
 
 
@@ -321,5 +350,5 @@ def _unpack(packed: bytes) -> list[Golden]:
                 Golden(arrays[f"wav-{n}"].tobytes(), arrays[f"features-{n}"], arrays[f"scores-{n}"])
                 for n in range(count)
             ]
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise BadModel(f"{GOLDEN} is not readable: {error}") from error

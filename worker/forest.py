@@ -17,8 +17,9 @@ Three things make the result equal to scikit-learn's bit by bit:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -30,6 +31,7 @@ from sklearn.utils.validation import check_is_fitted
 from worker.errors import BadModel
 
 Matrix = NDArray[np.float64]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SUPPORTED: Final = (RandomForestClassifier, ExtraTreesClassifier, RandomForestRegressor, ExtraTreesRegressor)
 
@@ -149,6 +151,15 @@ class Forest:
         return _walk(self.nodes, self.roots, np.ascontiguousarray(features))
 
 
+def _compiled(function: Function) -> Function:
+    """Compile at the first call, and keep the machine code for the next process where there is a place for it."""
+    try:
+        return cast("Function", njit(cache=True, nogil=True)(function))
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written to: compile in every process.
+        return cast("Function", njit(nogil=True)(function))
+
+
 def _flatten(tree: Any, root: int, first_leaf: int) -> NDArray[np.void]:
     """Return the nodes of one tree, the first of which will stand at index ``root`` of all nodes."""
     is_leaf = tree.children_left == NO_CHILD
@@ -170,7 +181,7 @@ def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
     return np.nextafter(nearest, np.float32(-np.inf), out=nearest, where=nearest > thresholds)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _walk(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Return the leaf that each tree finds for each row, of shape (n_trees, n)."""
     n_trees, n_rows = len(roots), len(features)
@@ -195,7 +206,7 @@ def _walk(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[
     return leaves
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _means(values: Matrix, leaves: NDArray[np.uint32]) -> Matrix:
     """Return the mean over the trees, of shape (n, n_values), added up in the order of the trees."""
     n_trees, n_rows = leaves.shape
@@ -209,7 +220,7 @@ def _means(values: Matrix, leaves: NDArray[np.uint32]) -> Matrix:
     return sums
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _spreads(values: Matrix, leaves: NDArray[np.uint32], means: Matrix) -> Matrix:
     """Return the population standard deviation over the trees of the first value, of shape (n,)."""
     n_trees, n_rows = leaves.shape

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 
@@ -131,7 +132,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class ModelId(msgspec.Struct, frozen=True, gc=False):
-    """Which model spoke; ``hash`` is the SHA-256 of the bundle's manifest."""
+    """Which model spoke: ``version`` is when it was trained, ``hash`` what it is (`worker.bundle.model_hash`)."""
 
     name: str
     version: str
@@ -264,33 +265,19 @@ def event_id(model: ModelId, record: Record) -> str:
 
 def prediction_message(topics: Topics, record: Record, prediction: Prediction) -> Message:
     """Encode a prediction under the key of its record."""
-    return _event(
-        topics.predictions_out,
-        record,
-        data=_encoder.encode(prediction),
-        id=event_id(prediction.model, record),
-        type=PREDICTION_TYPE,
-        model=prediction.model,
-        time=prediction.record.time,
-    )
+    name = event_id(prediction.model, record)
+    return _event(topics.predictions_out, record, record.key, prediction, PREDICTION_TYPE, name, prediction.record.time)
 
 
 def drift_messages(topics: Topics, record: Record, drift: DriftDetected) -> tuple[Message, Message]:
-    """Encode a drift event and the request for retraining that follows from it."""
-    cause = f"{event_id(drift.model, record)}/drift"
+    """Encode a drift event and the request for retraining that follows from it, under their source."""
+    name = event_id(drift.model, record)
+    cause = f"{name}/drift"
     request = RetrainRequested(drift.source, cause, drift.since, drift.model)
-    time = drift.detected.time
+    key, time = drift.source.encode(), drift.detected.time
     return (
-        _event(topics.drift_events, record, _encoder.encode(drift), cause, DRIFT_TYPE, drift.model, time),
-        _event(
-            topics.drift_events,
-            record,
-            _encoder.encode(request),
-            f"{event_id(drift.model, record)}/retrain",
-            RETRAIN_TYPE,
-            drift.model,
-            time,
-        ),
+        _event(topics.drift_events, record, key, drift, DRIFT_TYPE, cause, time),
+        _event(topics.drift_events, record, key, request, RETRAIN_TYPE, f"{name}/retrain", time),
     )
 
 
@@ -361,16 +348,18 @@ def asyncapi(topics: Topics) -> dict[str, Any]:
     }
 
 
-def _event(topic: str, record: Record, data: bytes, id: str, type: str, model: ModelId, time: datetime) -> Message:
+def _event(
+    topic: str, record: Record, key: bytes | None, data: Prediction | DriftEvent, type: str, id: str, time: datetime
+) -> Message:
     headers: Headers = (
         ("ce_specversion", b"1.0"),
         ("ce_id", id.encode()),
-        ("ce_source", f"earshot/{model.name}".encode()),
+        ("ce_source", f"earshot/{quote(data.model.name)}".encode()),
         ("ce_type", type.encode()),
         ("ce_time", time.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
         ("content-type", JSON_TYPE.encode()),
     )
-    return Message(topic, record.key, data, headers, timestamp=_timestamp(record))
+    return Message(topic, key, _encoder.encode(data), headers, timestamp=_timestamp(record))
 
 
 def _timestamp(record: Record) -> int:

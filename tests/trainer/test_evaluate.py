@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_sc
 
 from trainer.dataset import read_clip
 from trainer.evaluate import (
-    LEVEL,
+    ALWAYS_WATCHED,
     WATCHED_FEATURES,
     Index,
     by_clip,
@@ -190,11 +190,11 @@ class TestWatchedFeatures:
 
     def test_the_level_is_watched_whatever_its_importance(self) -> None:
         """It comes last if it is not among the most important, where it stands if it is, and never twice."""
-        names = (*self.NAMES, LEVEL)
+        names = (*self.NAMES, ALWAYS_WATCHED[0])
         unimportant = np.append(np.ones(12), 0.0)
-        assert (*self.NAMES[:WATCHED_FEATURES], LEVEL) == watched_features(unimportant, names)
+        assert (*self.NAMES[:WATCHED_FEATURES], ALWAYS_WATCHED[0]) == watched_features(unimportant, names)
         important = np.append(np.ones(12), 2.0)
-        assert (LEVEL, *self.NAMES[: WATCHED_FEATURES - 1]) == watched_features(important, names)
+        assert (ALWAYS_WATCHED[0], *self.NAMES[: WATCHED_FEATURES - 1]) == watched_features(important, names)
 
     def test_fewer_features_than_places(self) -> None:
         """All of them are watched."""

@@ -48,11 +48,11 @@ class Bomb:
 
 
 def test_a_bundle_loads_and_says_what_it_is(machine_bundle: Path) -> None:
-    """Its id is its name, its time and the SHA-256 of its manifest; its parts belong together."""
+    """Its id is its name, its time and a hash of its manifest; its parts belong together."""
     loaded = bundle.load(machine_bundle)
-    raw = (machine_bundle / bundle.MANIFEST).read_bytes()
     assert "machines" == loaded.id.name
-    assert hashlib.sha256(raw).hexdigest() == loaded.id.hash
+    assert loaded.manifest.created.strftime("%Y%m%dT%H%M%SZ") == loaded.id.version
+    assert bundle.model_hash(loaded.manifest) == loaded.id.hash
     assert signal_names(loaded.manifest.classes, loaded.manifest.watched) == loaded.profile.names
     assert [loaded.featurizer.feature_names[i] for i in loaded.watched] == list(loaded.manifest.watched)
     assert set(bundle.FILES) == set(loaded.manifest.files)
@@ -164,6 +164,41 @@ def test_a_folder_that_is_no_bundle_is_neither_loaded_nor_overwritten(tmp_path: 
     with pytest.raises(Fatal, match="exists and is no model bundle"):
         bundle.write(tmp_path, {}, featurizer=loaded.featurizer, forest=None, profile=loaded.profile, goldens=[])
     assert ["thesis.tex"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_the_hash_of_a_model_is_what_it_is_and_not_when_it_was_made(copy: Path) -> None:
+    """The same training at another hour is the same model; any other change of the manifest is another model."""
+    before = bundle.load(copy).id
+    rewrite_manifest(copy, created="2031-01-01T00:00:00Z")
+    later = bundle.load(copy).id
+    assert (before.hash, "20310101T000000Z") == (later.hash, later.version)
+    rewrite_manifest(copy, seed=7)
+    assert before.hash != bundle.load(copy).id.hash
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18)], ids=["empty", "cut off", "no files"]
+)
+def test_golden_clips_that_are_none_are_refused(copy: Path, garbage: bytes) -> None:
+    """Whatever stands there, with its right hash, is a BadModel and no traceback."""
+    replace_file(copy, bundle.GOLDEN, garbage)
+    with pytest.raises(BadModel):
+        bundle.load(copy)
+
+
+def test_only_a_bundle_and_nothing_else_is_replaced(machine_bundle: Path, copy: Path, tmp_path: Path) -> None:
+    """Many a project has a manifest.json: it is not taken for a bundle, nor is a bundle with somebody's notes in it."""
+    web = tmp_path / "web"
+    (web / "src").mkdir(parents=True)
+    (web / "manifest.json").write_text("{}")
+    (copy / "notes.txt").write_text("what I have found")
+    for path in (web, copy):
+        with pytest.raises(Fatal, match="exists and is no model bundle"):
+            bundle.check_replaceable(path)
+    bundle.check_replaceable(machine_bundle)
+    bundle.check_replaceable(tmp_path / "new" / "bundle")
+    (tmp_path / "empty").mkdir()
+    bundle.check_replaceable(tmp_path / "empty")
 
 
 def test_a_bundle_holds_no_class_of_the_trainer(machine_bundle: Path) -> None:
