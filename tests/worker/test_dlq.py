@@ -99,8 +99,10 @@ class TestReplay:
         assert 3 == replay(broker, again=True).sent.total()
         assert 6 == len(records(broker, TOPICS.audio_in))
 
-    def test_rejected_by_two_groups(self, broker: SqliteBroker) -> None:
+    @pytest.mark.parametrize("batch", [1, 500])
+    def test_rejected_by_two_groups(self, broker: SqliteBroker, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """A record that two groups of workers have rejected is one record, in the same batch or in another."""
+        monkeypatch.setattr("worker.broker_sqlite.FOLLOW_RECORDS", batch)
         reject(broker, heard(0), heard(0))
         assert Tally(Counter(undecodable=1), sent_before=1) == replay(broker, again=True)
 

@@ -77,6 +77,9 @@ class TestPulse:
         time.now += 1.0
         dead = Health(good=False, why="the loop is stuck: nothing for 301 s since it polled")
         assert (dead, dead) == (pulse.live(), pulse.serving())
+        pulse.unready("the session was lost")
+        assert dead == pulse.serving()
+        pulse.ready()
         pulse.beat("committed")
         assert pulse.live().good
         assert pulse.serving().good
@@ -144,31 +147,29 @@ class TestLoop:
 
     @pytest.mark.parametrize("where", ["poll", "pipeline", "commit"])
     def test_a_stuck_loop_is(self, where: str) -> None:
-        """Whatever step hangs, it is dead when the time is over, and not before: the steps before it were beats."""
+        """Whatever step hangs, it is dead when its time is over, and not before: each step ends with a beat."""
         broker = ScriptedBroker()
         time, pulse = broker.stop, Pulse(clock=broker.stop.clock)
         seen: list[bool] = []
 
-        def hang() -> Polled:
+        def step(name: str) -> None:
             time.now += STUCK
-            seen.append(pulse.live().good)
-            time.now += 1.0
-            seen.append(pulse.live().good)
-            return nothing()
+            if name == where:
+                seen.append(pulse.live().good)
+                time.now += 1.0
+                seen.append(pulse.live().good)
 
-        class Hanging(Scripted):
+        def poll() -> Polled:
+            step("poll")
+            return polled(sound(0))
+
+        class Slow(Scripted):
             def _fail(self, point: str) -> None:
-                if point == where == "commit":
-                    hang()
+                if point == "commit":
+                    step("commit")
 
-        before = after(time, STUCK - 1.0, polled(assigned=[0]))
-        broker._script.append(Hanging(before, hang if where == "poll" else polled(sound(0))))
-
-        def hear(_: object) -> None:
-            if where == "pipeline":
-                hang()
-
-        serve(broker, Counter(hear), pulse=pulse)
+        broker._script.append(Slow(after(time, STUCK, polled(assigned=[0])), poll))
+        serve(broker, Counter(lambda _: step("pipeline")), pulse=pulse)
 
         assert [True, False] == seen
 
@@ -215,7 +216,8 @@ class TestEndpoint:
         assert ("", "") == capfd.readouterr()
 
     def test_a_silent_client_holds_up_nobody(self, port: int) -> None:
-        """Each client has a thread of its own."""
+        """Each client has a thread of its own, and not for ever."""
+        assert health.CLIENT_PATIENCE == health._Handler.timeout
         with socket.create_connection(("127.0.0.1", port), timeout=10):
             assert 200 == ask(port, "/livez")[0]
 
@@ -227,6 +229,12 @@ class TestEndpoint:
             pytest.skip("this machine has no IPv6")
         with endpoint(pulse, "::1", 0) as port:
             assert 200 == ask(port, "/livez", host="::1")[0]
+
+    def test_asks_no_dns(self, pulse: Pulse, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A name server that does not answer must not hold up the start."""
+        monkeypatch.setattr(socket, "getfqdn", lambda _: pytest.fail("it asks for its own name"))
+        with endpoint(pulse, "127.0.0.1", 0) as port:
+            assert 200 == ask(port, "/livez")[0]
 
     def test_port_in_use(self, port: int, pulse: Pulse) -> None:
         """Which setting is to blame, and what would do."""
