@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import confluent_kafka
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from worker.messages import Message, Record
 
@@ -100,12 +100,8 @@ def publish(address: str, topic: str, messages: Iterable[Message]) -> set[tuple[
     return written
 
 
-def lag(address: str, topic: str, group: str) -> int:
-    """Return how many records of a topic the group has not committed yet.
-
-    Raises:
-        KafkaException: the broker, or the coordinator of the group, is not up yet.
-    """
+def lag(address: str, topic: str, group: str) -> int | None:
+    """Return how many records of a topic the group has not committed yet; None if the broker cannot tell yet."""
     consumer = confluent_kafka.Consumer(
         {"bootstrap.servers": address, "group.id": group, "enable.auto.commit": False, "log_level": 0}
     )
@@ -113,6 +109,8 @@ def lag(address: str, topic: str, group: str) -> int:
         partitions = consumer.list_topics(topic, ANSWER_TIMEOUT).topics[topic].partitions
         committed = consumer.committed([TopicPartition(topic, p) for p in partitions], ANSWER_TIMEOUT)
         ends = [consumer.get_watermark_offsets(each, ANSWER_TIMEOUT)[1] for each in committed]
+    except KafkaException:  # it, or the coordinator of the group, is not up yet
+        return None
     finally:
         consumer.close()
     return sum(end - max(0, each.offset) for each, end in zip(committed, ends, strict=True))

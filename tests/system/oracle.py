@@ -21,6 +21,9 @@ QUOTED: Final = 400
 PLAIN: Final = Topics()
 """The names by which the oracle knows the topics, whatever prefix a run had."""
 
+WRITTEN: Final = (PLAIN.predictions_out, PLAIN.audio_dlq, PLAIN.drift_events, PLAIN.drift_state)
+"""The topics that a worker writes."""
+
 Log = Mapping[str, Sequence[Record]]
 """The committed records of each topic, in offset order within each partition."""
 

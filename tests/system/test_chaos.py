@@ -12,13 +12,11 @@ from tests import apache_kafka
 from tests.apache_kafka import ApacheKafka
 from tests.conftest import missing
 from tests.system import chaos, oracle
-from tests.system.oracle import PLAIN
+from tests.system.oracle import PLAIN, WRITTEN
 from worker.errors import BadRecord
 from worker.messages import Record, rejection_message
 
 SHORT = chaos.Plan(records=600, kills=6, broker_restarts=1)
-
-WRITTEN = (PLAIN.predictions_out, PLAIN.audio_dlq, PLAIN.drift_events, PLAIN.drift_state)
 
 
 @pytest.mark.timeout(400)
