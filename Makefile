@@ -5,16 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format lock clean
+.PHONY: help demo test chaos soak lint format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(READY) ## train, stream, predict and catch a drift, in about a minute; DATA=folder for your own clips
-	@$(BIN)/python -m tests.system.demo $(DATA)
+demo: $(READY) ## train, stream, predict and catch a drift, in a minute; DATA=folder (and LABEL=column) for your own clips
+	@$(BIN)/python -m tests.system.demo $(if $(DATA),"$(DATA)") $(if $(LABEL),--label "$(LABEL)")
 
 test: $(READY) ## run every test, on SQLite and on a real Apache Kafka
 	@$(BIN)/pytest -q
+
+chaos: $(READY) ## kill workers and the broker while 5,000 chunks pass, and compare with a run that nothing happens to
+	@$(BIN)/python -m tests.system.chaos
+
+soak: $(READY) ## an hour of stream at full speed: do memory, threads and open files stay flat?
+	@$(BIN)/python -m tests.system.soak
 
 lint: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check .

@@ -34,6 +34,9 @@ DEGRADATION: Final = f"lowpass:1000@{CLEAN_SECONDS}s"
 DEADLINE: Final = 120.0
 """Seconds that the worker may take for the stream; it takes a few."""
 
+GRACE: Final = 5.0
+"""Seconds to wait for a drift event once every chunk is answered; it was committed with one of them."""
+
 PREDICTION: Final = "earshot.prediction"
 REJECTION: Final = "earshot.rejection"
 DRIFT: Final = "earshot.drift.detected"
@@ -107,13 +110,18 @@ def follow(at: Sequence[str], *, chunks: int) -> dict[str, list[Any]]:
             for line in watch.stdout or ():
                 record = json.loads(line)
                 seen[record["type"]].append(record)
-                if len(seen[PREDICTION]) + len(seen[REJECTION]) >= chunks and seen[RETRAIN]:
-                    return seen
+                if len(seen[PREDICTION]) + len(seen[REJECTION]) < chunks:
+                    continue
+                if seen[RETRAIN]:
+                    break
+                if too_late.interval == DEADLINE:
+                    too_late.cancel()
+                    too_late = threading.Timer(GRACE, watch.terminate)
+                    too_late.start()
         finally:
             too_late.cancel()
             watch.terminate()
-    counts = ", ".join(f"{len(records)} {kind}" for kind, records in seen.items())
-    raise DemoFailed(f"{chunks} chunks were sent, and after {DEADLINE:.0f} s there were {counts}")
+    return seen
 
 
 def report(chunks: int, seen: dict[str, list[Any]]) -> None:
@@ -121,7 +129,7 @@ def report(chunks: int, seen: dict[str, list[Any]]) -> None:
     predictions, rejections = [each["data"] for each in seen[PREDICTION]], seen[REJECTION]
     drifts = [each["data"] for each in seen[DRIFT]]
     print(f"{chunks} chunks in, {len(predictions)} predictions and {len(rejections)} rejections out")
-    if "confidence" in predictions[0]:
+    if predictions and "confidence" in predictions[0]:
         for label, times in Counter(each["label"] for each in predictions).most_common():
             confidence = mean(each["confidence"] for each in predictions if each["label"] == label)
             print(f"  {label:16} {times:4} times, confidence {confidence:.2f} on average")
@@ -132,11 +140,14 @@ def report(chunks: int, seen: dict[str, list[Any]]) -> None:
         )
         for signal_ in drift["signals"]:
             print(f"  {signal_['signal']:32} {signal_['before']:+7.2f} -> {signal_['after']:+7.2f} training spreads")
-    if (
-        len(predictions) != chunks
-        or len({(each["record"]["partition"], each["record"]["offset"]) for each in predictions}) != chunks
-    ):
+    answered = {(each["record"]["partition"], each["record"]["offset"]) for each in predictions}
+    if len(predictions) != chunks or len(answered) != chunks:
         raise DemoFailed("not every chunk has exactly one prediction")
+    if not drifts:
+        raise DemoFailed(
+            f"every chunk was answered, but that the microphone was covered was not noticed within {DEGRADED_SECONDS} s:"
+            " these clips differ more from each other than the cover changes them (README, `Not guaranteed yet`)"
+        )
     if len(drifts) != 1 or len(seen[RETRAIN]) != 1:
         raise DemoFailed(f"one microphone went bad once, and there were {len(drifts)} drift events")
     late = drifts[0]["since"]["offset"] - CLEAN_SECONDS
@@ -165,7 +176,8 @@ def worker(work: Path, *command: str | Path) -> Iterator[None]:
 def stream_of(live: Path) -> list[Path]:
     """Return sound files in a random order, repeated if need be, that last for the whole demo."""
     formats = {f".{name.lower()}" for name in soundfile.available_formats()}
-    clips = sorted(path for path in live.rglob("*") if path.suffix.lower() in formats)
+    seconds_of = {path: _duration(path) for path in sorted(live.rglob("*")) if path.suffix.lower() in formats}
+    clips = [path for path, seconds in seconds_of.items() if seconds > 0]
     if not clips:
         raise DemoFailed(f"there are no sound files in {live}")
     random.Random(0).shuffle(clips)
@@ -173,10 +185,18 @@ def stream_of(live: Path) -> list[Path]:
     seconds = 0.0
     for clip in itertools.cycle(clips):
         files.append(clip)
-        seconds += soundfile.info(clip).duration
+        seconds += seconds_of[clip]
         if seconds >= CLEAN_SECONDS + DEGRADED_SECONDS:
             return files
     raise AssertionError("a cycle does not end")
+
+
+def _duration(path: Path) -> float:
+    """Return the seconds of a sound; none for what cannot be read, which training has listed already."""
+    try:
+        return float(soundfile.info(path).duration)
+    except soundfile.LibsndfileError:
+        return 0.0
 
 
 def run(*command: str | Path, shown: Sequence[str | Path] | None = None) -> str:

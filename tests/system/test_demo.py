@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from pathlib import Path
 
@@ -31,9 +32,16 @@ def test_the_demo_runs_on_real_recordings_and_apache_kafka(
     assert "drift of mic-1" in printed
 
 
-def test_the_demo_fails_when_something_does_not_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_fails_when_something_does_not_happen(
+    machines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """With no microphone covered there is no drift event, and the demo says so and ends with status 1."""
     monkeypatch.setattr(demo, "DEGRADATION", "gain:0")
-    monkeypatch.setattr(demo, "DEADLINE", 10.0)
-    arguments = ["--work", str(tmp_path / "demo"), "--broker", f"sqlite:///{tmp_path / 'demo' / 'earshot.db'}"]
-    assert 1 == demo.main(arguments)
+    data = shutil.copytree(machines, tmp_path / "my clips")
+    (data / "audio" / "broken.wav").write_bytes(b"RIFF and no sound")
+    work = tmp_path / "demo"
+    status = demo.main([str(data), "--work", str(work), "--broker", f"sqlite:///{work / 'earshot.db'}"])
+    printed = capfd.readouterr()
+    assert 1 == status
+    assert "700 predictions and 0 rejections out" in printed.out
+    assert "that the microphone was covered was not noticed" in printed.err
