@@ -145,7 +145,7 @@ def report(chunks: int, seen: dict[str, list[Any]]) -> None:
         raise DemoFailed("not every chunk has exactly one prediction")
     if not drifts:
         raise DemoFailed(
-            f"every chunk was answered, but that the microphone was covered was not noticed within {DEGRADED_SECONDS} s:"
+            f"every chunk was answered, but nobody noticed within {DEGRADED_SECONDS} s that the microphone was covered:"
             " these clips differ more from each other than the cover changes them (README, `Not guaranteed yet`)"
         )
     if len(drifts) != 1 or len(seen[RETRAIN]) != 1:
