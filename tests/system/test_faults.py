@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -109,10 +110,14 @@ def kafka(address: str) -> Place:
 
 @pytest.fixture(scope="module")
 def sounds(machines: Path) -> list[Message]:
-    """A stream with poison in it; its timestamps are set, so that it is the same wherever it is written."""
+    """A stream with poison in it; its timestamps are set, so that it is the same wherever it is written.
+
+    They are of this hour: a broker deletes what is older than its retention within the minute.
+    """
+    now = int(time.time() * 1000)
     clips = sorted((machines / "audio").glob("*.wav"))
     messages = stream(clips, RECORDS, PARTITIONS, seed=1)
-    return [replace(each, timestamp=1_700_000_000_000 + number) for number, each in enumerate(messages)]
+    return [replace(each, timestamp=now + number) for number, each in enumerate(messages)]
 
 
 @pytest.fixture(scope="module")
