@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,8 +129,8 @@ class Hearing:
         scores = bundle.scores(np.concatenate([each.features for each in prepared]))
         ends = np.cumsum([len(each.features) for each in prepared])
         spans = [slice(end - len(each.features), end) for end, each in zip(ends, prepared, strict=True)]
-        means = np.array([scores[span].mean(axis=0) for span in spans])
-        features = np.array([each.features.mean(axis=0, dtype=np.float64) for each in prepared], np.float32)
+        means = np.array([_mean(scores[span]) for span in spans])
+        features = np.array([_mean(each.features) for each in prepared], np.float32)
         classifier = bundle.manifest.task == "classification"
         signals = bundle.profile.standardise(raw_signals(means, features, bundle.watched, classifier=classifier))
         return [
@@ -161,3 +161,9 @@ class Hearing:
             place,
             self._bundle.id,
         )
+
+
+def _mean(windows: NDArray[Any]) -> NDArray[Any]:
+    """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
+    mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
+    return mean

@@ -173,6 +173,7 @@ class Service:
         for count, record in enumerate(records):
             if self._clock() - told >= PROGRESS:
                 told = self._clock()
+                self._pulse.beat("restoring")
                 self._log.info("restoring", sources=count)
             yield record
 
