@@ -45,7 +45,7 @@ class Session(Protocol):
     """One membership of a consumer group on ``audio.in``, from joining to the first failure."""
 
     def poll(self, timeout: float, max_records: int) -> Polled:
-        """Return within ``timeout`` seconds with at most ``max_records`` committed records.
+        """Return within ``timeout`` seconds with at most ``max_records`` committed records, fewer if they are large.
 
         Records come in offset order within a partition, and start at the group's committed
         offset, or else at the earliest record.
