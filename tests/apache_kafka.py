@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -98,28 +99,88 @@ def fetch() -> Path:
     return jars
 
 
+@dataclass(frozen=True)
+class Secured:
+    """What a secured broker shows and whom it knows.
+
+    Attributes:
+        certificate: A PEM file of its key and its certificate, for the name ``localhost``.
+        authority: A PEM file of who may sign the certificates of clients.
+        user: A name that PLAIN and SCRAM know; OAUTHBEARER takes any token that is not signed.
+        password: What goes with it.
+    """
+
+    certificate: Path
+    authority: Path
+    user: str
+    password: str
+
+    def settings(self) -> dict[str, str]:
+        """Return what the listeners named SECURED (SASL_SSL) and MUTUAL (SSL, with the client's certificate) need."""
+        scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        plain = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+        oauth = "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required"
+        sasl = "listener.name.secured"
+        return {
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,OPEN:PLAINTEXT,SECURED:SASL_SSL,MUTUAL:SSL",
+            "inter.broker.listener.name": "OPEN",
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(self.certificate),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self.authority),
+            "listener.name.mutual.ssl.client.auth": "required",
+            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER",
+            f"{sasl}.plain.sasl.jaas.config": f'{plain} user_{self.user}="{self.password}";',
+            f"{sasl}.scram-sha-256.sasl.jaas.config": scram,
+            f"{sasl}.scram-sha-512.sasl.jaas.config": scram,
+            f"{sasl}.oauthbearer.sasl.jaas.config": f'{oauth} unsecuredLoginStringClaim_sub="{self.user}";',
+        }
+
+    def credentials(self) -> tuple[str, ...]:
+        """Return what ``kafka-storage format`` needs, so that SCRAM knows the user."""
+        return tuple(
+            argument
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+            for argument in ("--add-scram", f"{mechanism}=[name={self.user},password={self.password}]")
+        )
+
+
 class ApacheKafka:
-    """One broker that keeps its port and its data from one start to the next.
+    """One broker that keeps its ports and its data from one start to the next.
 
     Args:
         jars: What `fetch` returned.
         folder: An empty folder for the configuration, the data and ``server.log``.
+        secured: Adds the listeners at ``secured_address`` (TLS and SASL) and ``mutual_address``
+            (TLS that asks for the client's certificate).
     """
 
-    def __init__(self, jars: Path, folder: Path) -> None:
+    def __init__(self, jars: Path, folder: Path, secured: Secured | None = None) -> None:
         self._java = ("java", *JVM, *QUIET, "-cp", f"{jars}/*")
         self._data = folder / "data"
         self._settings = folder / "server.properties"
         self._log = folder / "server.log"
         self._server: subprocess.Popen[bytes] | None = None
         self._lifeline: subprocess.Popen[bytes] | None = None
-        port, controller = _free_ports(2)
-        self.address = f"localhost:{port}"
+        self._secured = secured
+        self.address, self.secured_address, self.mutual_address, controller = (
+            f"localhost:{port}" for port in _free_ports(4)
+        )
+        listeners = {"PLAINTEXT": self.address, "CONTROLLER": controller}
+        if secured is not None:
+            listeners = {
+                "OPEN": self.address,
+                "SECURED": self.secured_address,
+                "MUTUAL": self.mutual_address,
+                "CONTROLLER": controller,
+            }
         settings = SETTINGS | {
             "log.dirs": str(self._data),
-            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://localhost:{controller}",
-            "controller.quorum.voters": f"1@localhost:{controller}",
+            "listeners": ",".join(f"{name}://{address}" for name, address in listeners.items()),
+            "controller.quorum.voters": f"1@{controller}",
         }
+        if secured is not None:
+            settings |= secured.settings()
         self._settings.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
     def __enter__(self) -> Self:
@@ -172,8 +233,9 @@ class ApacheKafka:
         self.start()
 
     def _format(self) -> None:
+        scram = () if self._secured is None else self._secured.credentials()
         done = subprocess.run(
-            (*self._java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(self._settings)),
+            (*self._java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(self._settings), *scram),
             capture_output=True,
             text=True,
             check=False,

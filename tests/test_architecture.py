@@ -15,22 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
-    *(
-        "config",
-        "security",
-        "broker",
-        "watchdog",
-        "broker_kafka",
-        "broker_sqlite",
-        "telemetry",
-        "health",
-        "service",
-        "play",
-        "text",
-        "dlq",
-        "board",
-        "watch",
-    ),
+    *("config", "security", "broker", "watchdog", "broker_kafka", "broker_sqlite", "telemetry", "health"),
+    *("service", "play", "text", "dlq", "board", "watch"),
     *("arguments", "__main__"),
 )
 """The modules of the worker: each may import those before it. A new one needs its place here."""

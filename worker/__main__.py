@@ -84,7 +84,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
         if config.health_port is not None:
             port = stack.enter_context(endpoint(pulse, config.health_host, config.health_port))
             log.info("health", host=config.health_host, port=port)
-        broker = stack.enter_context(closing(_broker(config.broker, topics)))
+        broker = stack.enter_context(closing(_broker(config, topics, log)))
         log.info("started", model=bundle.id.name, version=bundle.id.version, hash=bundle.id.hash, broker=config.broker)
         Service(
             broker,
@@ -105,7 +105,7 @@ def _run(config: Config, _: dict[str, Any]) -> int:
 def _topics(config: Config, own: dict[str, Any]) -> int:
     topics = Topics(config.topic_prefix)
     specs = topics.layout(own["partitions"])
-    with closing(_broker(config.broker, topics)) as broker:
+    with closing(_broker(config, topics)) as broker:
         created = set(broker.create_topics(specs))
     width = max(len(spec.name) for spec in specs)
     for spec in specs:
@@ -133,7 +133,7 @@ def _play(config: Config, own: dict[str, Any]) -> int:
         degradations=degradations,
         shuffle_seed=own["shuffle"],
     )
-    with closing(_broker(config.broker, topics)) as broker, _counter("chunks played") as count:
+    with closing(_broker(config, topics)) as broker, _counter("chunks played") as count:
         sent = play.play(
             broker,
             chunks,
@@ -189,7 +189,7 @@ def _watch(config: Config, own: dict[str, Any]) -> int:
     topics = Topics(config.topic_prefix)
     console = Console()
     style: Style = "json" if own["json"] else "live" if console.is_terminal else "plain"
-    with closing(_broker(config.broker, topics)) as broker:
+    with closing(_broker(config, topics)) as broker:
         watch(
             broker,
             topics,
@@ -207,7 +207,7 @@ def _dlq_list(config: Config, own: dict[str, Any]) -> int:
 
     topics = Topics(config.topic_prefix)
     selection = dlq.Selection(own["reason"], own["source"])
-    with closing(_broker(config.broker, topics)) as broker:
+    with closing(_broker(config, topics)) as broker:
         letters = (letter for batch in dlq.letters(broker, topics, selection) for letter in batch)
         if selection == dlq.Selection() and not own["json"]:
             print(*dlq.table(letters), sep="\n")
@@ -225,7 +225,7 @@ def _dlq_replay(config: Config, own: dict[str, Any]) -> int:
     selection = dlq.Selection(own["reason"], own["source"])
     tally = dlq.Tally()
     try:
-        with closing(_broker(config.broker, topics)) as broker:
+        with closing(_broker(config, topics)) as broker:
             dlq.replay(broker, topics, selection, tally, again=own["again"], dry_run=own["dry_run"], stop=stop)
     finally:  # what was committed is so, whatever happened then
         for line in dlq.report(tally, topics, dry_run=own["dry_run"]):
@@ -238,18 +238,25 @@ def _asyncapi(config: Config, _: dict[str, Any]) -> int:
     return EXIT_OK
 
 
-def _broker(url: str, topics: Topics) -> Broker:
-    """Open the broker that a URL names."""
+def _broker(config: Config, topics: Topics, log: telemetry.Log | None = None) -> Broker:
+    """Open the broker that the settings name; ``log`` hears of lost offsets, if they do not end the worker."""
+    url = config.broker
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "kafka" and rest:
         from worker.broker_kafka import KafkaBroker
+        from worker.security import security
 
         servers = rest.rstrip("/").split(",")
         for server in servers:
             address = SERVER.fullmatch(server)
             if address is None or not 0 < int(address["port"]) < 2**16:
                 raise Fatal(f"--broker is {url!r}; {server!r} is not host:port, with a port from 1 to 65535")
-        return KafkaBroker(servers, topics)
+        if log is None or config.on_lost_offset == "stop":
+            return KafkaBroker(servers, topics, security(config))
+        warn = log.warning
+        return KafkaBroker(
+            servers, topics, security(config), on_lost_offset=lambda lost: warn("offset.lost", **lost._asdict())
+        )
     if separator and scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
         from worker.broker_sqlite import SqliteBroker
 

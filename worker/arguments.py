@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     _setting(run, "--model", metavar="FOLDER", help="the bundle to serve")
     _setting(run, "--group", help="the consumer group; its members share the partitions")
     _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
+    _setting(
+        run,
+        "--on-lost-offset",
+        metavar="stop|earliest",
+        help="what to do when records were deleted before they were read",
+    )
     _setting(run, "--max-batch-records", metavar="N", help="records in one transaction at the most")
     _setting(run, "--max-batch-bytes", metavar="N", help="bytes in one transaction at the most, or one larger record")
     _setting(run, "--poll-seconds", metavar="S", help="how long one poll waits for records")
@@ -188,16 +194,43 @@ def _command(commands: Any, name: str, purpose: str, example: str, details: str 
         description=f"{purpose[0].upper()}{purpose[1:]}.\n\n{details}".rstrip(),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or a password behind --kafka-sasl-password would be taken for the name of its file
     )
     command.set_defaults(command=name)
     _setting(command, "--broker", metavar="URL", help="kafka://host:port[,host:port] or sqlite:///file")
     _setting(command, "--topic-prefix", metavar="TEXT", help="put before the name of every topic")
     _setting(command, "--config", metavar="FILE", help="a TOML file of settings", default="none")
+    secured = command.add_argument_group(
+        "a secured cluster", "The password comes from EARSHOT_KAFKA_SASL_PASSWORD or a file, since flags show in `ps`."
+    )
+    _setting(
+        secured,
+        "--kafka-security-protocol",
+        metavar="PROTOCOL",
+        help="PLAINTEXT, SSL, SASL_SSL, or SASL_PLAINTEXT on a network that nobody else is on",
+    )
+    _setting(
+        secured,
+        "--kafka-ssl-cafile",
+        metavar="FILE",
+        help="PEM: who may sign the servers' certificates",
+        default="whom the system trusts",
+    )
+    _setting(secured, "--kafka-ssl-certfile", metavar="FILE", help="PEM: our certificate, if the servers ask for one")
+    _setting(secured, "--kafka-ssl-keyfile", metavar="FILE", help="PEM: its key, not encrypted")
+    _setting(
+        secured, "--kafka-sasl-mechanism", metavar="NAME", help="PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER"
+    )
+    _setting(secured, "--kafka-sasl-username", metavar="NAME", help="for PLAIN and SCRAM")
+    _setting(secured, "--kafka-sasl-password-file", metavar="FILE", help="for PLAIN and SCRAM: the password")
+    _setting(
+        secured, "--kafka-sasl-token-file", metavar="FILE", help="for OAUTHBEARER: the token, read at each connection"
+    )
     return command
 
 
 def _setting(
-    parser: argparse.ArgumentParser, flag: str, *, metavar: str | None = None, help: str, default: str = ""
+    parser: argparse._ActionsContainer, flag: str, *, metavar: str | None = None, help: str, default: str = ""
 ) -> None:
     """Add a flag of `Config`; it leaves no trace if it is not given, so that the other layers show."""
     name = flag.removeprefix("--").replace("-", "_")

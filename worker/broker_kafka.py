@@ -18,12 +18,15 @@ has been committed, and the next session starts behind it, or it never will be.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
 
 from kafka import (
     ConsumerRebalanceListener,
@@ -39,15 +42,22 @@ from kafka import errors as kafka_errors
 from kafka.admin import MemberToRemove
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.sasl.oauth import AbstractTokenProvider
+from kafka.net.selector import NetworkSelector
 from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch
 
 from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
 from worker.messages import Message, Record, Topics, TopicSpec
+from worker.security import OPEN, Security, read_secret
 from worker.watchdog import Watchdog
 
 T = TypeVar("T")
+
+# It narrates its own retries; what matters of them comes back as an error. At the level DEBUG it also tells passwords.
+logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 # Seconds. Each bound says which failure it ends.
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
@@ -75,14 +85,22 @@ STATE_SEGMENT_BYTES: Final = 16 << 20  # only closed segments are compacted, and
 LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
 BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
 
+CONNECT: Final = "connect"  # the one attempt whose failure may have to do with the settings
 NOTHING: Final = object()  # stands for a value of None on its way through the client
 
+
+class TlsError(kafka_errors.KafkaError):  # type: ignore[misc]  # the client ships no types
+    """No connection came about, for TLS does not allow it."""
+
+
 REFUSED: Final = (
+    TlsError,
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.UnsupportedSaslMechanismError,
     kafka_errors.IllegalSaslStateError,
 )
+BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 UNUSABLE: Final = (
     kafka_errors.KafkaConfigurationError,
     kafka_errors.UnsupportedVersionError,
@@ -102,17 +120,51 @@ REPLACED: Final = (
 )
 
 
+class LostOffset(NamedTuple):
+    """A place that a group wants to go on from, and that is in the log no more.
+
+    What lies between ``committed`` and ``earliest`` has been deleted before it was read; if
+    ``committed`` is beyond ``end``, the topic has been created anew, or has lost its end.
+    """
+
+    topic: str
+    partition: int
+    committed: int
+    earliest: int
+    end: int
+
+
+def stop(lost: LostOffset) -> None:
+    """Refuse to go on: records that nobody has heard would be passed over in silence."""
+    raise Fatal(
+        f"partition {lost.partition} of topic {lost.topic!r} has records from {lost.earliest} to {lost.end}, and the "
+        f"group wants to go on from {lost.committed}: they were deleted before they were read, or the topic is "
+        "another one now. Give it a longer retention.ms, and go on with --on-lost-offset earliest"
+    )
+
+
 class KafkaBroker:
     """The `worker.broker.Broker` of a Kafka cluster.
 
     Args:
         servers: ``host:port`` of one or more brokers to start from.
         topics: The names of the topics.
+        security: How the cluster is to be trusted, and what it is told.
+        on_lost_offset: Called with each offset out of retention; unless it raises, the session
+            goes on from the earliest record.
     """
 
-    def __init__(self, servers: Sequence[str], topics: Topics) -> None:
-        self._cluster = _Cluster(servers)
+    def __init__(
+        self,
+        servers: Sequence[str],
+        topics: Topics,
+        security: Security = OPEN,
+        *,
+        on_lost_offset: Callable[[LostOffset], None] = stop,
+    ) -> None:
+        self._cluster = _Cluster(servers, security)
         self._topics = topics
+        self._on_lost_offset = on_lost_offset
         self._publisher: Any = None
         self._followers: set[Any] = set()
 
@@ -144,7 +196,7 @@ class KafkaBroker:
         """
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", instance):
             raise Fatal(f"--instance is {instance!r}; Kafka wants up to 200 letters, digits, dots, dashes, underscores")
-        return KafkaSession(self._cluster, self._topics, group, instance)
+        return KafkaSession(self._cluster, self._topics, group, instance, self._on_lost_offset)
 
     def publish(self, messages: Iterable[Message]) -> None:
         """Write messages outside any transaction, durably when this returns.
@@ -246,14 +298,23 @@ class KafkaBroker:
 class KafkaSession:
     """One membership of a group: a consumer, and the producer whose transactions commit its offsets."""
 
-    def __init__(self, cluster: _Cluster, topics: Topics, group: str, instance: str) -> None:
+    def __init__(
+        self,
+        cluster: _Cluster,
+        topics: Topics,
+        group: str,
+        instance: str,
+        on_lost_offset: Callable[[LostOffset], None],
+    ) -> None:
         self._cluster = cluster
+        self._on_lost_offset = on_lost_offset
         self._topics = topics
         self._group = group
         self._instance = instance
         self._changes = _Changes()
         self._heard = -math.inf
         self._closed = False
+        self._consumer: Any = None
         self._producer = cluster.producer(
             transactional_id=f"earshot-{group}-{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
         )
@@ -262,6 +323,7 @@ class KafkaSession:
             cluster.attempt("join", INIT_TIMEOUT + GRACE, self._producer.init_transactions)
             self._consumer = cluster.consumer(
                 group_id=group,
+                auto_offset_reset="none",  # or the client would go on from elsewhere without a word
                 # A restarted worker takes its partitions over at once, and an older self is fenced.
                 group_instance_id=instance,
                 session_timeout_ms=_ms(SESSION_TIMEOUT),
@@ -269,10 +331,10 @@ class KafkaSession:
                 max_poll_interval_ms=_ms(MAX_POLL_INTERVAL),
                 partition_assignment_strategy=[CooperativeStickyAssignor],
             )
+            cluster.attempt("join", REQUEST_TIMEOUT + GRACE, self._subscribe)
         except BaseException:
-            cluster.farewell(_closing_producer(self._producer))
+            self.close()
             raise
-        self._consumer.subscribe([topics.audio_in], listener=self._changes)
 
     def poll(self, timeout: float, max_records: int) -> Polled:
         """Return records of ``audio.in`` and what has changed; first of all, and after a silence, look at the cluster.
@@ -284,11 +346,7 @@ class KafkaSession:
             self._cluster.require(self._topics)
             self._require_membership()
             self._heard = time.monotonic()
-        records = self._cluster.attempt(
-            "poll",
-            timeout + GRACE,
-            lambda: _records(self._consumer.poll(timeout_ms=_ms(timeout), max_records=max_records)),
-        )
+        records = self._cluster.attempt("poll", timeout + GRACE, lambda: self._poll(timeout, max_records))
         if records:
             self._heard = time.monotonic()
         return Polled(records, *self._changes.take())
@@ -370,8 +428,35 @@ class KafkaSession:
             return
         self._closed = True
         self._cluster.farewell(_closing_producer(self._producer))
-        self._cluster.farewell(self._leave)
-        self._cluster.farewell(_closing_consumer(self._consumer))
+        if self._consumer is not None:
+            self._cluster.farewell(self._leave)
+            self._cluster.farewell(_closing_consumer(self._consumer))
+
+    def _subscribe(self) -> None:
+        """Subscribe, and wait until the client knows the partitions.
+
+        If they become known only after it has joined, it joins once more; and if the poll ends while
+        it does, the client forgets about it, sends no heartbeat any more and waits to be shown out.
+        """
+        self._consumer.subscribe([self._topics.audio_in], listener=self._changes)
+        self._consumer.partitions_for_topic(self._topics.audio_in)
+
+    def _poll(self, timeout: float, max_records: int) -> list[Record]:
+        """Poll the client, and tell it where to start in partitions where it does not know."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return _records(self._consumer.poll(timeout_ms=_ms(left), max_records=max_records))
+            except kafka_errors.NoOffsetForPartitionError as error:  # the group is new to these partitions
+                (partitions,) = error.args
+            except kafka_errors.OffsetOutOfRangeError as error:
+                (partitions,) = error.args
+                earliest = self._consumer.beginning_offsets(list(partitions))
+                ends = self._consumer.end_offsets(list(partitions))
+                for each, offset in partitions.items():
+                    self._on_lost_offset(LostOffset(each.topic, each.partition, offset, earliest[each], ends[each]))
+            self._consumer.seek_to_beginning(*partitions)
 
     def _require_membership(self) -> None:
         """Raise Retryable if we think that we are a member of the group, and the group does not."""
@@ -379,6 +464,8 @@ class KafkaSession:
 
         def look(admin: Any) -> set[str]:
             (group,) = admin.describe_groups([self._group]).values()
+            if group["error"] is not None:
+                raise kafka_errors.KafkaError(group["error"])
             return {each["member_id"] for each in group["members"]}
 
         # Without an id we are joining. An id that has changed meanwhile is a later one than the group's.
@@ -513,17 +600,84 @@ class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no typ
             super().flush(timeout)
 
 
+class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships no types
+    """The token of OAUTHBEARER, read at each connection, since somebody else renews it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def token(self) -> str:
+        try:
+            return read_secret("--kafka-sasl-token-file", self._path)
+        except Fatal as error:
+            raise kafka_errors.SaslAuthenticationFailedError(str(error)) from error
+
+
+class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
+    """Connections that fail at once where they are refused, and not only when the time to connect is over.
+
+    The client means to do so by itself, but looks for the failure before it comes; and the server
+    closes the connection with its answer, so that often the end is all that the client sees.
+    """
+
+    async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
+        answers: list[Exception] = []
+        authenticate = connection._sasl_authenticate  # noqa: SLF001 - nothing else tells
+
+        async def listen(*args: Any) -> None:
+            try:
+                await authenticate(*args)
+            except REFUSED as error:
+                answers.append(error)
+                raise
+
+        def note(error: Exception) -> None:
+            refused = _refused_by_tls(error)
+            if refused is not None:
+                error = TlsError(f"TLS with {node.host}:{node.port} failed: {refused}")
+            if isinstance(error, REFUSED):
+                self._auth_failures[node.node_id] = error
+
+        connection._sasl_authenticate = listen  # noqa: SLF001 - nor any other ear
+        await super()._connect(node, connection, *args, **settings)
+        for answer in answers:
+            note(answer)
+        connection.init_future.add_errback(note)
+
+
+def _refused_by_tls(error: Exception) -> str | None:
+    """Return why TLS has refused a connection, us or them; None if the connection broke in any other way."""
+    for cause in (error.__context__, *error.args):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, BROKEN):
+            return cause.reason or str(cause)
+    return None
+
+
 class _Cluster:
     """How one cluster is reached: makes its clients, bounds what they do, and words their errors."""
 
-    def __init__(self, servers: Sequence[str]) -> None:
+    def __init__(self, servers: Sequence[str], security: Security) -> None:
         self._watchdog = Watchdog()
         self._servers = ", ".join(servers)
+        self._protocol = security.protocol
         self._settings: dict[str, Any] = {
             "bootstrap_servers": list(servers),
             "bootstrap_timeout_ms": _ms(CONNECT_TIMEOUT),
             "request_timeout_ms": _ms(REQUEST_TIMEOUT),
+            "security_protocol": security.protocol,
+            "ssl_context": security.tls,
         }
+        if security.mechanism is not None:
+            self._settings |= {
+                "sasl_mechanism": security.mechanism,
+                "sasl_plain_username": security.username,
+                "sasl_plain_password": security.password,
+            }
+        if security.token_file is not None:
+            self._settings["sasl_oauth_token_provider"] = _Token(security.token_file)
 
     def __str__(self) -> str:
         return self._servers
@@ -535,14 +689,16 @@ class _Cluster:
         """Make a consumer of committed records; also for plain topics: only so does it wait for pending offsets."""
         return self._open(
             KafkaConsumer,
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            allow_auto_create_topics=False,
-            fetch_max_bytes=FETCH_BYTES,
-            max_partition_fetch_bytes=PARTITION_FETCH_BYTES,
-            metrics_enabled=False,
-            **settings,
+            **{
+                "isolation_level": "read_committed",
+                "enable_auto_commit": False,
+                "auto_offset_reset": "earliest",
+                "allow_auto_create_topics": False,
+                "fetch_max_bytes": FETCH_BYTES,
+                "max_partition_fetch_bytes": PARTITION_FETCH_BYTES,
+                "metrics_enabled": False,
+                **settings,
+            },
         )
 
     def producer(self, **settings: Any) -> Any:
@@ -635,7 +791,7 @@ class _Cluster:
         causes = (error, *(each for each in error.args if isinstance(each, kafka_errors.KafkaError)))
         told = f"cannot {attempt} at {self._servers}: {error}"
         if any(isinstance(cause, REFUSED) for cause in causes):
-            return Fatal(f"{told}; the cluster refuses access: check the credentials and what they may do")
+            return Fatal(f"{told}; access is refused: check the settings --kafka-…, and what this user may do")
         if any(isinstance(cause, REPLACED) for cause in causes):
             return Retryable(
                 f"{told}; another worker may run under the same --instance, "
@@ -643,6 +799,8 @@ class _Cluster:
             )
         if isinstance(error, ValueError) or any(isinstance(cause, UNUSABLE) for cause in causes):
             return Fatal(f"{told}; trying again cannot help")
+        if attempt == CONNECT:
+            told += f"; nobody answers there, or expects another --kafka-security-protocol than {self._protocol}"
         return Retryable(told)
 
     def _open(self, kind: Any, **settings: Any) -> Any:
@@ -650,14 +808,15 @@ class _Cluster:
         networks: list[Any] = []
 
         def network(**configs: Any) -> Any:
-            networks.append(KafkaNetClient(**configs))
+            selector = NetworkSelector(**configs)
+            networks.append(KafkaNetClient(selector, _Connections(selector, **configs)))
             return networks[-1]
 
         def connect() -> Any:
             return kind(kafka_client=network, **(self._settings | settings))
 
         try:
-            return self._attempt("connect", CONNECT_TIMEOUT + GRACE, connect, discard=lambda client: client.close())
+            return self._attempt(CONNECT, CONNECT_TIMEOUT + GRACE, connect, discard=lambda client: client.close())
         except BaseException:
             for each in networks:
                 self.farewell(each.close)

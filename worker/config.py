@@ -19,6 +19,9 @@ from worker.errors import Fatal
 
 ENVIRONMENT_PREFIX: Final = "EARSHOT_"
 
+SECRETS: Final = frozenset({"kafka_sasl_password"})
+"""Settings that come from the environment or a file only, and are never shown."""
+
 Positive = Annotated[float, Meta(gt=0, le=1e6)]  # eleven days: nothing can wait for `inf`
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -32,6 +35,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     group: str = "earshot"
     instance: str = msgspec.field(default_factory=socket.gethostname)
     topic_prefix: str = ""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_ssl_cafile: str = ""
+    kafka_ssl_certfile: str = ""
+    kafka_ssl_keyfile: str = ""
+    kafka_sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = ""
+    kafka_sasl_username: str = ""
+    kafka_sasl_password: str = ""
+    kafka_sasl_password_file: str = ""
+    kafka_sasl_token_file: str = ""
+    on_lost_offset: Literal["stop", "earliest"] = "stop"
     max_batch_records: Count = 256
     max_batch_bytes: Count = 32 * 1024**2
     poll_seconds: Positive = 1.0
@@ -48,6 +61,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     health_host: str = "127.0.0.1"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __repr__(self) -> str:
+        """Return the settings without the secret, which has no flag either: it would show in `ps`."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in SECRETS}
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:

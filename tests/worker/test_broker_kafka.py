@@ -14,13 +14,13 @@ from contextlib import closing
 
 import pytest
 from confluent_kafka import Consumer, Producer
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
 from tests import apache_kafka
 from tests.conftest import missing
 from worker import broker_kafka
-from worker.broker_kafka import KafkaBroker, KafkaSession
+from worker.broker_kafka import KafkaBroker, KafkaSession, LostOffset
 from worker.errors import BadRecord, Fatal, Retryable
 from worker.messages import Message, Record, Topics, TopicSpec, rejection_message
 
@@ -405,6 +405,65 @@ def test_a_name_that_kafka_does_not_take_is_fatal(broker: KafkaBroker, group: st
     """An instance named after a host and a port would be refused by the cluster, in words of its own."""
     with pytest.raises(Fatal, match="--instance is 'host:1'"):
         broker.join(group, "host:1")
+
+
+def lose(address: str, topics: Topics, before: int) -> None:
+    """Delete the records before an offset of partition 1 of ``audio.in``, as its retention would."""
+    with KafkaAdminClient(bootstrap_servers=address) as admin:
+        admin.delete_records({TopicPartition(topics.audio_in, 1): before})
+
+
+def work_on_partition_1(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """Publish six records, and commit the place behind the second."""
+    broker.publish(Message(topics.audio_in, b"source", b"%d" % n, partition=1) for n in range(6))
+    with closing(broker.join(group, "one")) as session:
+        poll_for(session, 6)
+        with session.transaction() as transaction:
+            transaction.commit_offsets({1: 2})
+
+
+def test_an_offset_out_of_retention_stops_the_worker(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """It says what was lost and how to go on, and loses nothing in silence."""
+    work_on_partition_1(broker, topics, group)
+    lose(kafka_address, topics, before=4)
+
+    told = rf"partition 1 of topic '{topics.audio_in}' has records from 4 to 6, .* from 2: .*--on-lost-offset earliest"
+    with closing(broker.join(group, "one")) as session, pytest.raises(Fatal, match=told):
+        poll_for(session, 1)
+
+
+def test_an_offset_out_of_retention_can_be_passed_over(
+    broker: KafkaBroker, topics: Topics, group: str, kafka_address: str
+) -> None:
+    """The session goes on from the earliest record, and tells once what was lost; other partitions do not notice."""
+    work_on_partition_1(broker, topics, group)
+    lose(kafka_address, topics, before=4)
+    broker.publish([Message(topics.audio_in, b"source", b"elsewhere", partition=0)])
+    lost: list[LostOffset] = []
+
+    with (
+        closing(KafkaBroker([kafka_address], topics, on_lost_offset=lost.append)) as lenient,
+        closing(lenient.join(group, "one")) as session,
+    ):
+        records = poll_for(session, 3)
+        process(session, topics, records)
+
+    assert [LostOffset(topics.audio_in, 1, committed=2, earliest=4, end=6)] == lost
+    assert {(0, 0), (1, 4), (1, 5)} == {(record.partition, record.offset) for record in records}
+
+
+def test_an_offset_beyond_the_end_stops_the_worker(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """A log that has lost its end will have other records under the same offsets."""
+    broker.publish([Message(topics.audio_in, b"source", b"0", partition=1)])
+    with closing(broker.join(group, "one")) as session:
+        poll_for(session, 1)
+        with session.transaction() as transaction:
+            transaction.commit_offsets({1: 5})
+
+    with closing(broker.join(group, "one")) as session, pytest.raises(Fatal, match=r"from 0 to 1, .* go on from 5"):
+        poll_for(session, 1)
 
 
 def test_a_message_that_is_too_large_is_fatal(broker: KafkaBroker, topics: Topics) -> None:

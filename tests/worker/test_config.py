@@ -49,7 +49,14 @@ class TestPrecedence:
     def test_every_setting_in_every_layer(self, name: str, tmp_path: Path) -> None:
         """Each setting is a flag, a variable and a line of the file under the one name that it has."""
         default = getattr(Config(), name)
-        choices: dict[str, Any] = {"log_format": "json", "log_level": "debug", "health_port": 8080}
+        choices: dict[str, Any] = {
+            "kafka_security_protocol": "SASL_SSL",
+            "kafka_sasl_mechanism": "PLAIN",
+            "on_lost_offset": "earliest",
+            "log_format": "json",
+            "log_level": "debug",
+            "health_port": 8080,
+        }
         others: dict[type, Any] = {bool: True, int: 7, float: 0.5}
         value = choices.get(name) or others.get(type(default), "other")
         path = tmp_path / "earshot.toml"

@@ -21,6 +21,7 @@ from worker.__main__ import COMMANDS, _broker, main
 from worker.arguments import parser
 from worker.broker_kafka import KafkaBroker
 from worker.broker_sqlite import SqliteBroker
+from worker.config import Config
 from worker.messages import Message, Topics
 
 SOURCE = "Hörer-1"
@@ -266,7 +267,7 @@ class TestBrokerUrl:
     )
     def test_clusters(self, url: str) -> None:
         """Names, addresses and several servers are taken; nothing is connected yet."""
-        broker = _broker(url, Topics())
+        broker = _broker(Config(broker=url), Topics())
         assert isinstance(broker, KafkaBroker)
         broker.close()
 
