@@ -17,11 +17,13 @@ import pytest
 import structlog
 
 from tests.system.processes import BIN, Worker, wait_for, worker
+from worker import telemetry
 from worker.__main__ import COMMANDS, _broker, main
 from worker.arguments import parser
-from worker.broker_kafka import KafkaBroker
+from worker.broker_kafka import KafkaBroker, LostOffset
 from worker.broker_sqlite import SqliteBroker
 from worker.config import Config
+from worker.errors import Fatal
 from worker.messages import Message, Topics
 
 SOURCE = "Hörer-1"
@@ -270,6 +272,23 @@ class TestBrokerUrl:
         broker = _broker(Config(broker=url), Topics())
         assert isinstance(broker, KafkaBroker)
         broker.close()
+
+    def test_a_lost_offset_stops_it_or_is_an_event(self) -> None:
+        """As configured, and with what was lost; only a command that has a log can go on."""
+        lost = LostOffset("audio.in", partition=1, committed=2, earliest=4, end=6)
+        lenient = Config(broker="kafka://localhost:9092", on_lost_offset="earliest")
+        with structlog.testing.capture_logs() as events:
+            log: telemetry.Log = structlog.get_logger()
+            for config, own_log in ((Config(broker=lenient.broker), log), (lenient, None)):
+                stopping = _broker(config, Topics(), own_log)
+                assert isinstance(stopping, KafkaBroker)
+                with pytest.raises(Fatal, match="--on-lost-offset earliest"):
+                    stopping._on_lost_offset(lost)
+            going_on = _broker(lenient, Topics(), log)
+            assert isinstance(going_on, KafkaBroker)
+            going_on._on_lost_offset(lost)
+
+        assert [{"event": "offset.lost", "log_level": "warning", **lost._asdict()}] == events
 
     def test_a_file_that_cannot_be(self, capsys: pytest.CaptureFixture[str]) -> None:
         """The file is named."""
