@@ -239,7 +239,7 @@ def decode(record: Record) -> Chunk:
 
     Raises:
         BadRecord: no value, no source, a key or header that is not UTF-8, a ``ce_time`` that is
-            not RFC 3339, or a structured-mode CloudEvent.
+            not ISO 8601 with an offset from UTC, or a structured-mode CloudEvent.
     """
     if not record.value:
         raise BadRecord("empty", "the record has no value; expected the bytes of a sound")
@@ -410,4 +410,6 @@ def _event_time(headers: Mapping[str, bytes], timestamp: int) -> int:
             raise ValueError("no offset from UTC")
         return (time.astimezone(UTC) - _EPOCH) // timedelta(milliseconds=1)
     except (ValueError, OverflowError) as error:
-        raise BadRecord("bad-header", f"ce_time is {text[:40]!r}, expected RFC 3339: {error}") from None
+        raise BadRecord(
+            "bad-header", f"ce_time is {text[:40]!r}, expected ISO 8601 with an offset from UTC: {error}"
+        ) from None
