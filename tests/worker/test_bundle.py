@@ -7,12 +7,15 @@ import io
 import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+import joblib
 import msgspec
 import numpy as np
 import pytest
+from sklearn.ensemble import RandomForestClassifier
 
 from worker import bundle
 from worker.errors import BadModel, Fatal
@@ -114,13 +117,16 @@ def test_a_manifest_that_is_none_is_refused(copy: Path, garbage: bytes) -> None:
         bundle.load(copy)
 
 
-def test_features_that_differ_from_the_trainers_are_refused(copy: Path) -> None:
-    """The first golden clip that differs names the feature, what came out and what should have."""
+@pytest.mark.parametrize("number", [0, 5], ids=["the first", "the last"])
+@pytest.mark.parametrize("wrong", [10.0, np.nan])
+def test_features_that_differ_from_the_trainers_are_refused(copy: Path, number: int, wrong: float) -> None:
+    """Whichever golden clip differs, it names the feature, what came out and what should have."""
     goldens = bundle._unpack((copy / bundle.GOLDEN).read_bytes())
     names = bundle.load(copy).featurizer.feature_names
-    goldens[2].features[1, 7] += 1.0
+    assert 6 == len(goldens)
+    goldens[number].features[1, 7] = wrong
     replace_file(copy, bundle.GOLDEN, bundle._pack(goldens))
-    with pytest.raises(BadModel, match=rf"golden clip 2 .* features: {names[7]} is .*, expected "):
+    with pytest.raises(BadModel, match=rf"golden clip {number} .* features: {names[7]} is .*, expected {wrong:.6g}"):
         bundle.load(copy)
 
 
@@ -153,6 +159,62 @@ def test_parts_of_different_models_are_refused(copy: Path, rpm_bundle: Path) -> 
     replace_file(copy, bundle.FEATURIZER, buffer.getvalue())
     with pytest.raises(BadModel, match="is not the featurizer"):
         bundle.load(copy)
+
+
+def test_a_featurizer_with_other_settings_is_refused(copy: Path) -> None:
+    """What the manifest says of the features is true, also of a setting that the golden clips do not show."""
+    spec = msgspec.json.decode((copy / bundle.MANIFEST).read_bytes())["spec"]
+    rewrite_manifest(copy, spec=spec | {"top_db": spec["top_db"] + 1})
+    with pytest.raises(BadModel, match=r"is not the featurizer that manifest\.json describes"):
+        bundle.load(copy)
+
+
+def test_a_forest_of_other_features_is_refused(copy: Path) -> None:
+    """It is said how many features the forest takes, and how many there are."""
+    loaded = bundle.load(copy)
+    names, classes = loaded.featurizer.feature_names, loaded.manifest.classes
+    forest = RandomForestClassifier(2, random_state=0).fit(np.eye(len(classes), len(names) - 1), classes)
+    buffer = io.BytesIO()
+    joblib.dump(forest, buffer)
+    replace_file(copy, bundle.FOREST, buffer.getvalue())
+    with pytest.raises(BadModel, match=rf"the features of .* are {len(names) - 1}, expected {len(names)}"):
+        bundle.load(copy)
+
+
+def write_again(path: Path) -> None:
+    """Write the bundle at ``path`` once more in its own place."""
+    loaded = bundle.load(path)
+    manifest = msgspec.structs.asdict(loaded.manifest)
+    for field in ("format", "spec", "versions", "files"):
+        del manifest[field]
+    forest = joblib.load(path / bundle.FOREST)
+    goldens = bundle._unpack((path / bundle.GOLDEN).read_bytes())
+    bundle.write(path, manifest, featurizer=loaded.featurizer, forest=forest, profile=loaded.profile, goldens=goldens)
+
+
+def test_a_bundle_is_written_for_others_to_read(copy: Path) -> None:
+    """The worker may run as somebody else than the trainer."""
+    copy.chmod(0o700)
+    write_again(copy)
+    assert 0o755 == stat.S_IMODE(copy.stat().st_mode)
+    assert [copy] == list(copy.parent.iterdir())
+
+
+def test_a_write_that_fails_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the old bundle stays as it is, and nothing lies beside it."""
+    before = bundle.load(copy).id
+    write_bytes = Path.write_bytes
+
+    def until_full(path: Path, content: bytes) -> int:
+        if path.name == bundle.GOLDEN:
+            raise OSError("no space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", until_full)
+    with pytest.raises(OSError, match="no space left"):
+        write_again(copy)
+    assert [copy] == list(copy.parent.iterdir())
+    assert before == bundle.load(copy).id
 
 
 def test_a_folder_that_is_no_bundle_is_neither_loaded_nor_overwritten(tmp_path: Path, machine_bundle: Path) -> None:
