@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from sklearn.ensemble import RandomForestClassifier
 
 from tests.system.processes import run
-from trainer.dataset import Dataset, data_hash, load
+from trainer.dataset import Dataset, data_hash, load, splits
+from trainer.evaluate import classification_metrics, held_out_scores, reference_profile
 from trainer.fit import GOLDEN_CLIPS, Fitted, featurize, fit
 from worker import bundle
 from worker.audio import UNLIMITED, from_container, waveform
@@ -159,6 +161,29 @@ class TestHonesty:
         print(f"recordings held out {scores['honest']}, leaking {scores['leaking']}")
         assert scores["leaking"]["accuracy"] > 0.95
         assert scores["honest"]["accuracy"] < 0.70
+
+    def test_figures_and_profile_are_of_clips_that_were_not_heard(self, tmp_path: Path) -> None:
+        """Both come from held-out scores, of the folds and the forests that hang on the seed; so no clip is known."""
+        labels = np.random.default_rng(3).permutation(np.repeat(["a", "b"], 12)).tolist()
+        frequencies = np.geomspace(200.0, 6000.0, len(labels)).tolist()
+        sounds = [Sound(label, str(n), f) for n, (label, f) in enumerate(zip(labels, frequencies, strict=True))]
+        manifest = trained(written(tmp_path / "data", sounds), tmp_path / "out", seed=1).manifest
+        featurizer = Featurizer(SPEC)
+        dataset, features, owner, _ = featurize(load(tmp_path / "data"), featurizer)
+        targets = (np.array([clip.label for clip in dataset.clips]) == "b").astype(np.intp)[owner]
+        held_out = held_out_scores(
+            lambda: RandomForestClassifier(5, random_state=1),
+            features,
+            targets,
+            owner,
+            splits(dataset, seed=1),
+            outputs=2,
+        )
+        profile = reference_profile(
+            held_out, features, classes=("a", "b"), watched=manifest.watched, names=featurizer.feature_names
+        )
+        assert classification_metrics(held_out, targets, owner) == manifest.metrics
+        assert profile == bundle.load(tmp_path / "out").profile
 
     def test_windows_are_those_of_the_worker(self, tmp_path: Path) -> None:
         """The rows of a stereo FLAC of 2.3 s at another rate are what the worker makes of the same bytes."""
