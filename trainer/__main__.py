@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from worker.errors import BadModel, Fatal
 EXIT_OK: Final = 0
 EXIT_FATAL: Final = 1
 
-SHOWN_SKIPPED: Final = 5
 LARGEST_SEED: Final = 2**32 - 1  # scikit-learn's
 
 
@@ -71,17 +71,15 @@ def _fit(arguments: dict[str, Any]) -> int:
         fitted = fit(
             dataset,
             arguments["out"],
-            name=arguments["name"] or arguments["out"].resolve().name,
+            name=re.sub(r"[^A-Za-z0-9._-]+", "-", arguments["name"] or arguments["out"].resolve().name),
             spec=spec,
             trees=arguments["trees"],
             seed=arguments["seed"],
             jobs=arguments["jobs"],
             on_progress=advance,
         )
-    for skipped in fitted.skipped[:SHOWN_SKIPPED]:
+    for skipped in fitted.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
-    if len(fitted.skipped) > SHOWN_SKIPPED:
-        print(f"skipped {len(fitted.skipped) - SHOWN_SKIPPED} more clips", file=sys.stderr)
     manifest = fitted.manifest
     if arguments["json"]:
         print(msgspec.json.encode(manifest).decode())
@@ -160,7 +158,9 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--label", default="label", metavar="COLUMN", help="the column to predict (%(default)s)")
     fit.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder of the bundle")
     fit.add_argument("--task", choices=("classification", "regression"), help="what a numeric label leaves open")
-    fit.add_argument("--name", help="what predictions call the model (the name of the bundle's folder)")
+    fit.add_argument(
+        "--name", help="what predictions call the model, as it can stand in a URI (the name of the bundle's folder)"
+    )
     fit.add_argument(
         "--trees", type=number(int, 1), default=100, metavar="N", help="the size of the forest (%(default)s)"
     )

@@ -115,6 +115,8 @@ def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
             if _number(clip.label) is None:
                 raise Fatal(f"{where}: {column} is {clip.label!r}; regression expects a finite number")
     clips, found = _group_identical([entry.clip for entry in listed])
+    if task == "classification":
+        found += _never_held_out(clips)
     return Dataset(clips, column, task, found)
 
 
@@ -296,6 +298,18 @@ def _group_identical(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], tuple[str
         if clip.label != twin.label:
             found.append(f"{clip.name} ({clip.label}) has the same bytes as {twin.name} ({twin.label})")
     return tuple(msgspec.structs.replace(clip, group=root(clip.group)) for clip in clips), tuple(found)
+
+
+def _never_held_out(clips: Sequence[Clip]) -> tuple[str, ...]:
+    """Say which classes stand in one fold or group only: held out, nobody has ever heard them, and all are wrong."""
+    places: dict[str, set[str]] = {}
+    for clip in clips:
+        places.setdefault(clip.label, set()).add(clip.group if clip.fold is None else clip.fold)
+    return tuple(
+        f"all clips of {label!r} are of one group or fold ({', '.join(place)}): held out, it is never recognised"
+        for label, place in sorted(places.items())
+        if len(place) == 1
+    )
 
 
 def _official_splits(clips: Sequence[Clip]) -> list[tuple[Index, Index]]:

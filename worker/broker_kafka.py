@@ -309,20 +309,20 @@ class KafkaSession:
         self._cluster = cluster
         self._on_lost_offset = on_lost_offset
         self._topics = topics
-        self._group = group
+        self._group = f"{topics.prefix}{group}"  # systems with prefixes of their own share a cluster, not a group
         self._instance = instance
         self._changes = _Changes()
         self._heard = -math.inf
         self._closed = False
         self._consumer: Any = None
         self._producer = cluster.producer(
-            transactional_id=f"earshot-{group}-{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
+            transactional_id=f"earshot/{self._group}/{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
         )
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
             cluster.attempt("join", INIT_TIMEOUT + GRACE, self._producer.init_transactions)
             self._consumer = cluster.consumer(
-                group_id=group,
+                group_id=self._group,
                 auto_offset_reset="none",  # or the client would go on from elsewhere without a word
                 # A restarted worker takes its partitions over at once, and an older self is fenced.
                 group_instance_id=instance,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -18,6 +19,9 @@ from msgspec import Meta
 from worker.errors import Fatal
 
 ENVIRONMENT_PREFIX: Final = "EARSHOT_"
+
+MISSPELT: Final = 0.8
+"""From this likeness on (Ratcliff and Obershelp's, 0 to 1) a name is taken for another one misspelt."""
 
 SECRETS: Final = frozenset({"kafka_sasl_password"})
 """Settings that come from the environment or a file only, and are never shown."""
@@ -74,18 +78,15 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     Args:
         flags: what was given on the command line; ``config`` names a TOML file.
         environment: ``EARSHOT_*`` variables, of which ``EARSHOT_CONFIG`` names the file if the
-            flag does not; others are ignored, and so are those of the tests (``EARSHOT_TEST_*``).
+            flag does not. One that is no setting is ignored (Kubernetes sets ``EARSHOT_PORT`` for a
+            service of that name), unless it looks like a setting misspelt.
 
     Raises:
         Fatal: a file that cannot be read, an unknown setting, or a value out of its range; the
             text names the setting and where it was set.
     """
     flags = dict(flags)
-    variables = {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(f"{ENVIRONMENT_PREFIX}TEST_")
-    }
+    variables = _variables(environment)
     fallback = variables.pop("config", None)
     path = flags.pop("config", None) or fallback
     layers: list[tuple[str, Mapping[str, Any]]] = [("the command line", flags), ("the environment", variables)]
@@ -98,9 +99,24 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     return msgspec.convert(merged, Config, strict=False)
 
 
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that are in the environment, by name."""
+    known = {"config", *Config.__struct_fields__}
+    found = {}
+    for variable, value in environment.items():
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if not variable.startswith(ENVIRONMENT_PREFIX) or name.startswith("test_"):
+            continue
+        if name in known:
+            found[name] = value
+        elif meant := get_close_matches(name, known, n=1, cutoff=MISSPELT):
+            raise Fatal(f"{variable} is no setting; is {ENVIRONMENT_PREFIX}{meant[0].upper()} meant?")
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise Fatal(f"settings file {path}: {error}") from error
 

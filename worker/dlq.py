@@ -39,6 +39,7 @@ OURS: Final = "earshot_"
 
 REPLAYED: Final = "earshot_replayed"
 
+GROUP: Final = "audio.dlq"
 INSTANCE: Final = "replay"
 """The one name under which every replay joins: there is at most one at a time."""
 
@@ -230,7 +231,7 @@ def replay(
         Fatal: access is refused, there is no such topic or partition, or a copy is too large.
     """
     joined: AbstractContextManager[Session | None]
-    joined = nullcontext() if dry_run else closing(broker.join(topics.audio_dlq, INSTANCE))  # 1
+    joined = nullcontext() if dry_run else closing(broker.join(GROUP, INSTANCE))  # 1
     with joined as session:
         done = set() if again else notes(broker, topics)  # 2
         for batch in letters(broker, topics, selection, done):  # 3

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote
 
 import msgspec
 
@@ -132,7 +131,11 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class ModelId(msgspec.Struct, frozen=True, gc=False):
-    """Which model spoke: ``version`` is when it was trained, ``hash`` what it is (`worker.bundle.model_hash`)."""
+    """Which model spoke.
+
+    ``name`` can stand in a URI, ``version`` is when it was trained, and ``hash`` is what it is
+    (`worker.bundle.model_hash`).
+    """
 
     name: str
     version: str
@@ -354,7 +357,7 @@ def _event(
     headers: Headers = (
         ("ce_specversion", b"1.0"),
         ("ce_id", id.encode()),
-        ("ce_source", f"earshot/{quote(data.model.name)}".encode()),
+        ("ce_source", f"earshot/{data.model.name}".encode()),
         ("ce_type", type.encode()),
         ("ce_time", time.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
         ("content-type", JSON_TYPE.encode()),

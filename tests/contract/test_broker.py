@@ -510,6 +510,23 @@ def test_read_of_a_missing_topic_is_fatal(connect: Connect, topics: Topics) -> N
 # -- all of it, in random order ------------------------------------------------------------------
 
 
+def test_systems_with_prefixes_of_their_own_share_a_broker_and_nothing_else(
+    broker: Broker, topics: Topics, group: str, connect: Connect
+) -> None:
+    """The same group and instance on other topics are another group, and another instance: nobody fences anybody."""
+    other = Topics(prefix=f"other-{topics.prefix}")
+    neighbour = connect(other)
+    neighbour.create_topics(other.layout(PARTITIONS))
+    for each, names in ((broker, topics), (neighbour, other)):
+        each.publish([Message(names.audio_in, b"k", names.prefix.encode(), partition=0)])
+    with closing(broker.join(group, "one")) as mine, closing(neighbour.join(group, "one")) as theirs:
+        for session, names in ((mine, topics), (theirs, other)):
+            (record,) = poll_until(session, 1)
+            assert names.prefix.encode() == record.value
+        commit(mine, [Message(topics.predictions_out, None, b"mine")], {0: 1})
+        commit(theirs, [Message(other.predictions_out, None, b"theirs")], {0: 1})
+
+
 class Story:
     """A worker that is interrupted at random, and what a correct broker would have done so far."""
 

@@ -48,7 +48,7 @@ def test_each_dead_letter_goes_back_once(broker: Broker, connect: Connect, topic
 def test_a_replay_that_was_killed_is_finished_by_the_next(broker: Broker, connect: Connect, topics: Topics) -> None:
     """What it had sent and not committed goes away, and its successor fences it before it looks at the notes."""
     values = reject(broker, topics)
-    with closing(connect(topics).join(topics.audio_dlq, dlq.INSTANCE)) as killed:
+    with closing(connect(topics).join(dlq.GROUP, dlq.INSTANCE)) as killed:
         letters = [letter for batch in dlq.letters(broker, topics, dlq.Selection()) for letter in batch]
         transaction = killed.transaction()
         transaction.__enter__().send(message for letter in letters for message in dlq.messages(topics, letter))

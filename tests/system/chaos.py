@@ -265,7 +265,7 @@ def _drain(address: str, prefix: str, group: Sequence[Member]) -> None:
     while left != 0 and time.monotonic() < deadline:
         for each in group:
             each.look_after()
-        left = cluster.lag(address, f"{prefix}{PLAIN.audio_in}", GROUP)
+        left = cluster.lag(address, f"{prefix}{PLAIN.audio_in}", f"{prefix}{GROUP}")
         time.sleep(0.2)  # between two looks, up to the deadline
     if left != 0:
         tell(f"{left} records of {prefix}audio.in are not served after {DRAIN:.0f} s")

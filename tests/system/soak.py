@@ -121,7 +121,8 @@ def feeding(address: str, messages: Sequence[Message]) -> Iterator[list[int]]:
 
     def feed() -> None:
         while not over.is_set():
-            missing = AHEAD - cluster.lag(address, TOPICS.audio_in, Config().group)
+            behind = cluster.lag(address, TOPICS.audio_in, Config().group)
+            missing = 0 if behind is None else AHEAD - behind
             if missing > AHEAD // 4:
                 cluster.publish(address, TOPICS.audio_in, islice(endless, missing))
                 sent[0] += missing
@@ -148,7 +149,8 @@ def bound_the_disk(address: str) -> None:
 
 def done(address: str, sent: int) -> int:
     """Return how many records have been committed."""
-    return sent - cluster.lag(address, TOPICS.audio_in, Config().group)
+    behind = cluster.lag(address, TOPICS.audio_in, Config().group)
+    return 0 if behind is None else sent - behind
 
 
 def sample(pid: int) -> Sample:

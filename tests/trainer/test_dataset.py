@@ -68,7 +68,10 @@ class TestFolders:
         (tmp_path / "dog" / "notes.txt").write_text("not a sound")
         (tmp_path / "dog" / "._b.wav").write_text("what macOS leaves on foreign disks")
         dataset = load(tmp_path)
-        assert ("label", "classification", ()) == (dataset.label, dataset.task, dataset.warnings)
+        assert ("label", "classification") == (dataset.label, dataset.task)
+        assert ("all clips of 'cat' are of one group or fold (cat/a.wav): held out, it is never recognised",) == (
+            dataset.warnings
+        )
         assert [("cat/a.wav", "cat"), ("dog/b.FLAC", "dog"), ("dog/deep/c.ogg", "dog")] == [
             (clip.name, clip.label) for clip in dataset.clips
         ]

@@ -175,20 +175,6 @@ def test_the_same_name_takes_over_at_once(broker: SqliteBroker) -> None:
     commit(after, [b"unharmed"], {})
 
 
-def test_systems_with_different_prefixes_share_a_file(broker: SqliteBroker, path: Path) -> None:
-    """The same name of a group on other topics is another group."""
-    other = Topics(prefix="other.")
-    with closing(SqliteBroker(path, other)) as neighbour:
-        neighbour.create_topics(other.layout(1))
-        mine, theirs = broker.join("group", "one"), neighbour.join("group", "one")
-        assert mine.poll(0.0, 10).assigned == {0, 1}
-        assert theirs.poll(0.0, 10).assigned == {0}
-        commit(mine, [], {0: 7})
-        theirs.close()
-        neighbour.publish([Message(other.audio_in, b"k", b"v")])
-        assert [record.offset for record in neighbour.join("group", "one").poll(0.0, 10).records] == [0]
-
-
 # -- records -------------------------------------------------------------------------------------
 
 

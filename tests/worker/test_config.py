@@ -118,12 +118,15 @@ class TestRefusals:
         assert "the command line" in text
         assert "poll_seconds" in text
 
-    def test_unknown_variable(self) -> None:
-        """A misspelt variable is not ignored."""
-        text = refusal({}, {"EARSHOT_POL_SECONDS": "2"})
+    @pytest.mark.parametrize("name", ["EARSHOT_POL_SECONDS", "EARSHOT_POLLSECONDS", "EARSHOT_POLL_SECOND"])
+    def test_misspelt_variable(self, name: str) -> None:
+        """It is not ignored, and the text says which setting may be meant."""
+        assert f"{name} is no setting; is EARSHOT_POLL_SECONDS meant?" == refusal({}, {name: "2"})
 
-        assert "`pol_seconds`" in text
-        assert "the environment" in text
+    @pytest.mark.parametrize("name", ["PORT", "SERVICE_HOST", "SERVICE_PORT", "PORT_9092_TCP", "PORT_9092_TCP_ADDR"])
+    def test_what_kubernetes_sets_for_a_service_of_that_name(self, name: str) -> None:
+        """It is nobody's setting, and does not stop a worker."""
+        assert Config() == resolve({}, {f"EARSHOT_{name}": "tcp://10.0.0.1:9092"})
 
     def test_unknown_in_the_file(self, file: Path) -> None:
         """A misspelt line is not ignored, and the file is named."""
