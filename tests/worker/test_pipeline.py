@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import joblib
 import librosa
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from worker import audio, bundle, play
 from worker.audio import Limits
 from worker.drift import DriftPolicy
 from worker.errors import Fatal
+from worker.features import FeatureSpec
 from worker.messages import Classification, DriftDetected, Message, Record, Regression, RetrainRequested, Topics
 from worker.pipeline import Batch, Pipeline, Restored, States
 from worker.states import Retention
@@ -30,6 +32,7 @@ TOPICS = Topics()
 START = datetime(2026, 11, 22, 8, tzinfo=UTC)
 NOT_A_NUMBER = np.array([0, np.nan], "<f4").tobytes()
 POLICY = DriftPolicy(block_seconds=2.0)
+SPEC = FeatureSpec()  # of the bundle
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,27 @@ def stream(machines: Path) -> list[Record]:
     return sorted(records, key=lambda record: (record.offset, record.partition))
 
 
+@pytest.fixture(scope="module")
+def drifting(machines: Path) -> list[Record]:
+    """Two sources on two partitions, in chunks of half a second and of two and a half; both change after a minute."""
+    clips = sorted((machines / "audio").glob("*.wav"))
+    records = []
+    for partition, (seconds, degradation) in enumerate([(0.5, "noise:0@60s"), (2.5, "lowpass:800@60s")]):
+        chunks = play.chunks(
+            clips,
+            topic=TOPICS.audio_in,
+            source=f"mic-{partition}",
+            chunk_seconds=seconds,
+            start_time=START,
+            degradations=[play.parse_degradation(degradation)],
+            shuffle_seed=partition,
+        )
+        for offset, chunk in enumerate(chunks):
+            time = round(1_000 * seconds * offset)
+            records.append(Record(TOPICS.audio_in, partition, offset, time, chunk.key, chunk.value, chunk.headers))
+    return sorted(records, key=lambda record: record.timestamp)
+
+
 def record(value: bytes | None, *headers: tuple[str, bytes], key: bytes | None = b"mic-1", offset: int = 0) -> Record:
     return Record(TOPICS.audio_in, 3, offset, 1_000, key, value, headers)
 
@@ -93,6 +117,11 @@ def encoded(states: States) -> dict[int, dict[bytes, bytes]]:
         partition: {key: state.encode() for key, state in sources._states.items()}
         for partition, sources in states.items()
     }
+
+
+def compacted(messages: Iterable[Message]) -> dict[tuple[int | None, bytes | None], bytes | None]:
+    """What drift.state says in the end, by partition and source."""
+    return {(m.partition, m.key): m.value for m in messages if m.topic == TOPICS.drift_state}
 
 
 def run_in_batches(pipeline: Pipeline, records: Sequence[Record], cuts: Sequence[int]) -> tuple[list[Message], States]:
@@ -137,6 +166,50 @@ def test_a_long_record_gets_the_mean_of_its_windows(pipeline: Pipeline) -> None:
     (whole,) = predictions(pipeline.run({}, [record(wav(samples))]).outputs)
     for label, probability in whole.probabilities.items():
         assert np.mean([each.probabilities[label] for each in single]) == pytest.approx(probability)
+
+
+def test_a_doubtful_confidence_is_told_as_it_is(pipeline: Pipeline) -> None:
+    """It is the probability of the label, also for silence, where no class has half of the probability."""
+    (said,) = predictions(pipeline.run({}, [record(wav(0 * noise(1.0)))]).outputs)
+    assert 0 < said.confidence < 0.5
+    assert max(said.probabilities.values()) == said.probabilities[said.label] == said.confidence
+
+
+def test_what_is_watched_is_the_mean_over_the_windows(model: bundle.Bundle, pipeline: Pipeline) -> None:
+    """The signals of a record that grows quieter, in standard deviations of the training data."""
+    sound = wav(noise(2.0) * np.linspace(1.0, 0.01, 32_000, dtype=np.float32))
+    states: States = {}
+    (said,) = predictions(pipeline.run(states, [record(sound)]).outputs)
+    (block,) = states[3]._states[b"mic-1"]._blocks
+
+    rows = model.featurizer.transform(model.featurizer.windows(audio.decode(sound, "audio/wav", Limits()).samples))
+    assert 3 == len(rows) == said.windows
+    names = [f"feature.{name}" for name in model.featurizer.feature_names]
+    raw = dict(zip(names, rows.mean(axis=0).tolist(), strict=True))
+    raw |= {f"share.{label}": float(label == said.label) for label in said.probabilities}
+    raw["confidence"] = said.confidence
+    expected = [(raw[signal.name] - signal.mean) / signal.spread for signal in model.profile.signals]
+    assert expected == pytest.approx(block.means.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("seconds", "starts"), [(0.5, [0, 4, 8]), (1.0, [0, 2, 4, 6, 8, 10]), (2.5, [*range(12)])])
+def test_a_block_is_of_seconds_of_sound(pipeline: Pipeline, seconds: float, starts: list[int]) -> None:
+    """Drift is judged by blocks of two seconds, however many records that takes."""
+    states: States = {}
+    pipeline.run(states, [record(wav(noise(seconds)), offset=i) for i in range(12)])
+    assert starts == [block.offset for block in states[3]._states[b"mic-1"]._blocks]
+
+
+def test_every_source_that_was_heard_is_saved(pipeline: Pipeline) -> None:
+    """Its state is written to its own partition under its own key, and again only after it was heard again."""
+    sound = wav(noise(1.0))
+    heard = [(0, b"mic-1"), (0, b"mic-2"), (1, b"mic-1"), (1, b"mic-3")]
+    states: States = {}
+    records = [Record(TOPICS.audio_in, partition, i, 0, key, sound) for i, (partition, key) in enumerate(heard)]
+    first = compacted(pipeline.run(states, records).outputs)
+    assert {(partition, key): encoded(states)[partition][key] for partition, key in heard} == first
+    again = compacted(pipeline.run(states, [Record(TOPICS.audio_in, 0, 9, 0, b"mic-2", sound)]).outputs)
+    assert {(0, b"mic-2"): encoded(states)[0][b"mic-2"]} == again
 
 
 def test_any_encoding_rate_and_channel_count_is_heard(pipeline: Pipeline) -> None:
@@ -254,6 +327,36 @@ def test_what_comes_out_does_not_depend_on_the_batches(
     assert encoded(expected_states) == encoded(states)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_two_drifts_do_not_depend_on_batches_or_restarts(
+    pipeline: Pipeline, drifting: list[Record], *, restarted: bool
+) -> None:
+    """In small chunks and in large ones a source drifts once, since its minute; drift.state ends the same as well."""
+    expected = pipeline.run({}, drifting).outputs
+    states: States = {}
+    outputs: list[Message] = []
+    for start in range(0, len(drifting), 23):
+        if restarted:
+            saved = compacted(outputs).items()
+            states = {}
+            pipeline.restore(
+                states, [Record(TOPICS.drift_state, p or 0, 0, 0, key, value) for (p, key), value in saved]
+            )
+        outputs += pipeline.run(states, drifting[start : start + 23]).outputs
+
+    assert compacted(expected) == compacted(outputs)
+    assert answers(expected) == answers(outputs)
+    events = [m for m in outputs if m.topic == TOPICS.drift_events]
+    drifts = [msgspec.json.decode(m.value or b"", type=DriftDetected | RetrainRequested) for m in events]
+    since = {d.source: (d.since.time - START).total_seconds() for d in drifts if isinstance(d, DriftDetected)}
+    assert 4 == len(events)
+    assert {"mic-0": 60, "mic-1": 60} == pytest.approx(since, abs=10)
+
+
+def answers(messages: Iterable[Message]) -> list[Message]:
+    return [message for message in messages if message.topic != TOPICS.drift_state]
+
+
 def test_states_restored_from_their_messages_go_on_as_if_never_stopped(
     pipeline: Pipeline, stream: list[Record]
 ) -> None:
@@ -345,6 +448,12 @@ class TestRestore:
         states: States = {}
         assert Restored(0, 1, 0) == pipeline.restore(states, [self.saved(self.state(other).value)])
         assert {3: {}} == encoded(states)
+        outputs = pipeline.run(states, [record(b"no sound")]).outputs
+        assert {(3, b"mic-1"): None} == compacted(outputs)
+        assert (
+            self.state(pipeline).value
+            == compacted(pipeline.run(states, [record(wav(noise(1.0)))]).outputs)[3, b"mic-1"]
+        )
 
 
 class TestInternalErrors:
@@ -422,23 +531,41 @@ def broken(_: object) -> None:
     raise OSError("the compiler is gone")
 
 
-def test_serving_is_librosa_and_scikit_learn(model: bundle.Bundle, machine_bundle: Path, machines: Path) -> None:
-    """What the worker says of a clip is what a notebook with librosa's features and the pickled forest says."""
-    import joblib  # noqa: PLC0415 - the oracle reads the pickle by itself
-
-    forest = joblib.load(machine_bundle / bundle.FOREST)
-    spec = model.manifest.spec
-    clip = min((machines / "audio").glob("*.wav"))
-    samples, rate = librosa.load(clip, sr=None)
-    assert spec.sample_rate == rate
-    window = samples[: spec.window_samples]
-    mfcc = librosa.feature.mfcc(
-        y=window, sr=rate, n_mfcc=spec.n_mfcc, n_fft=spec.n_fft, hop_length=spec.hop_length, n_mels=spec.n_mels
+def by_librosa(window: np.ndarray[Any, Any], spec: FeatureSpec) -> np.ndarray[Any, Any]:
+    """Return the default features of one window as a notebook computes them, shape (features,)."""
+    stft: dict[str, Any] = {"n_fft": spec.n_fft, "hop_length": spec.hop_length}
+    frames: dict[str, Any] = {"y": window, "frame_length": spec.n_fft, "hop_length": spec.hop_length}
+    sound: dict[str, Any] = {"y": window, "sr": spec.sample_rate, **stft}
+    mfcc = librosa.feature.mfcc(**sound, n_mfcc=spec.n_mfcc, n_mels=spec.n_mels)
+    rows = np.concatenate(
+        [
+            mfcc,
+            librosa.feature.delta(mfcc),
+            librosa.feature.delta(mfcc, order=2),
+            librosa.feature.spectral_centroid(**sound),
+            librosa.feature.spectral_bandwidth(**sound),
+            librosa.feature.spectral_rolloff(**sound),
+            librosa.feature.spectral_flatness(y=window, **stft),
+            librosa.feature.spectral_contrast(**sound),
+            librosa.feature.zero_crossing_rate(**frames),
+            librosa.feature.rms(**frames),
+        ]
     )
-    features = model.featurizer.transform(model.featurizer.windows(window))
-    column = model.featurizer.feature_names.index("mfcc.0.mean")
-    assert mfcc[0].mean() == pytest.approx(features[0, column], abs=2e-4)
-    assert np.array_equal(forest.predict_proba(features), model.scores(features))
+    return np.column_stack([rows.mean(axis=1), rows.std(axis=1)]).ravel()
+
+
+def test_serving_is_librosa_and_scikit_learn(machine_bundle: Path, machines: Path, pipeline: Pipeline) -> None:
+    """What the worker says of a clip's bytes is what a notebook with librosa and the pickled forest says."""
+    forest = joblib.load(machine_bundle / bundle.FOREST)
+    clips = sorted((machines / "audio").glob("*.wav"))[::12]
+    said = predictions(pipeline.run({}, [record(clip.read_bytes(), offset=i) for i, clip in enumerate(clips)]).outputs)
+    assert 6 == len(said)
+    for clip, prediction in zip(clips, said, strict=True):
+        samples, _ = librosa.load(clip, sr=SPEC.sample_rate)
+        windows = [samples[start : start + 16_000] for start in (0, 8_000, 16_000)]
+        expected = forest.predict_proba([by_librosa(window, SPEC) for window in windows]).mean(axis=0)
+        assert forest.classes_[expected.argmax()] == prediction.label
+        assert dict(zip(forest.classes_, expected, strict=True)) == pytest.approx(prediction.probabilities)
 
 
 def test_a_regressor_says_a_value_and_a_spread(rpm_bundle: Path) -> None:
