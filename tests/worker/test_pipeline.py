@@ -565,7 +565,8 @@ def test_serving_is_librosa_and_scikit_learn(machine_bundle: Path, machines: Pat
         windows = [samples[start : start + 16_000] for start in (0, 8_000, 16_000)]
         expected = forest.predict_proba([by_librosa(window, SPEC) for window in windows]).mean(axis=0)
         assert forest.classes_[expected.argmax()] == prediction.label
-        assert dict(zip(forest.classes_, expected, strict=True)) == pytest.approx(prediction.probabilities)
+        # The last bits of a feature depend on the processor, and may turn one of 20 trees in one of 3 windows.
+        assert dict(zip(forest.classes_, expected, strict=True)) == pytest.approx(prediction.probabilities, abs=0.017)
 
 
 def test_a_regressor_says_a_value_and_a_spread(rpm_bundle: Path) -> None:
