@@ -99,7 +99,7 @@ def kafka(address: str) -> Place:
         f"kafka://{address}",
         prefix,
         partial(KafkaBroker, [address], Topics(prefix)),
-        lambda: cluster.lag(address, f"{prefix}{PLAIN.audio_in}", prefix),
+        lambda: cluster.lag(address, f"{prefix}{PLAIN.audio_in}", f"{prefix}{chaos.GROUP}"),
         lambda: chaos.outputs(address, prefix),
     )
 
@@ -165,7 +165,7 @@ def started(
     log = folder / "worker.log"
     arguments = [
         *("run", "--broker", place.url, "--topic-prefix", place.prefix, "--model", str(bundle)),
-        *("--group", place.prefix, "--instance", "one"),
+        *("--instance", "one"),
         *("--max-batch-records", str(batch), "--poll-seconds", "0.1", *chaos.SENSITIVE),
         *("--max-record-bytes", str(MAX_RECORD_BYTES), "--log-format", "json", "--log-level", "debug"),
     ]
