@@ -204,11 +204,16 @@ def write(
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
         temporary.chmod(0o755)
-        # The old bundle is out of the way for a moment only, and gone when the new one is there.
+        # The old bundle is out of the way for a moment only: gone when the new one is there, back if that fails.
         replaced = temporary.with_name(f"{temporary.name}-old")
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
