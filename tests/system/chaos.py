@@ -164,7 +164,10 @@ def calm(kafka: ApacheKafka, bundle: Path, work: Path) -> None:
 
 
 def kill(group: Sequence[Member], moments: Iterable[float], chance: random.Random) -> None:
-    """Kill a member at each of the moments (seconds from now), and start it again, sometimes late."""
+    """Kill a member at each of the moments (seconds from now), and start it again, sometimes late.
+
+    Two of three kills are for members at work, if there are any: by chance alone most would meet one that starts.
+    """
     began = time.monotonic()
     agenda: list[tuple[float, Member | None]] = [(moment, None) for moment in moments]
     number = 0
@@ -175,8 +178,9 @@ def kill(group: Sequence[Member], moments: Iterable[float], chance: random.Rando
             each.look_after()
         if dead is not None:
             dead.start()
-        elif victims := [each for each in group if each.alive]:
-            victim = chance.choice(victims)
+        elif alive := [each for each in group if each.alive]:
+            at_work = [each for each in alive if each.serving] if number % 3 else []
+            victim = chance.choice(at_work or alive)
             victim.kill()
             number += 1
             tell(f"kill {number}: {victim.name}")

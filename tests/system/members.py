@@ -39,7 +39,12 @@ class Member:
     @property
     def ready(self) -> bool:
         """Whether it has loaded its model since it was started last; from then on it obeys signals, too."""
-        return b'"started"' in self.log.read_bytes()[self._before :]
+        return self._has_said(b'"started"')
+
+    @property
+    def serving(self) -> bool:
+        """Whether it has been given partitions since it was started last."""
+        return self.alive and self._has_said(b'"assigned"')
 
     @property
     def alive(self) -> bool:
@@ -74,6 +79,9 @@ class Member:
         status = self._process.wait(STOP)
         if status != 0:
             raise MemberFailed(f"{self.name} did not drain, status {status}:\n{self.log.read_text()[-4000:]}")
+
+    def _has_said(self, action: bytes) -> bool:
+        return action in self.log.read_bytes()[self._before :]
 
 
 @contextmanager
