@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
-    *("config", "security", "broker", "watchdog", "broker_kafka", "broker_sqlite", "telemetry", "health"),
+    *("config", "security", "broker", "watchdog", "kafka_cluster", "broker_kafka", "broker_sqlite"),
+    *("telemetry", "health"),
     *("service", "play", "text", "dlq", "board", "watch"),
     *("arguments", "__main__"),
 )
@@ -130,12 +131,12 @@ class TestImports:
         assert [] == [str(each) for each in WORKER if each.package == "trainer"]
 
     def test_one_file_knows_kafka(self) -> None:
-        """The Kafka client is imported by worker/broker_kafka.py alone."""
+        """The Kafka client is imported by worker/kafka_cluster.py alone."""
         trainer = [each for path, source in sources("trainer").items() for each in imports(source, path)]
         kafka = [each for each in WORKER + trainer if each.package == "kafka"]
 
         assert kafka, "nobody imports kafka: has the client another name now?"
-        assert [] == [str(each) for each in kafka if each.path != PurePath("worker/broker_kafka.py")]
+        assert [] == [str(each) for each in kafka if each.path != PurePath("worker/kafka_cluster.py")]
 
     def test_the_core_is_pure(self) -> None:
         """Up to pipeline.py nothing imports a client, a clock, the environment or, but for bundle.py, a file."""

@@ -1,123 +1,58 @@
-"""Apache Kafka, and what speaks its protocol, behind `worker.broker`: the only file that imports kafka.
+"""Apache Kafka, and what speaks its protocol, behind `worker.broker`.
 
-It owns every client, its settings and timeouts, and the wording of Kafka's errors. It knows
-nothing of audio, models or states.
+It owns what a session does and in which order, from fencing its predecessor to the commit. How the
+cluster is reached is for `worker.kafka_cluster`, and it knows nothing of audio, models or states.
 
 Exactly once is Kafka's transactions with the group's metadata (KIP-447): a session fences the
 producer that its predecessor of the same instance has left behind, and the group's coordinator
 refuses offsets from a member whose generation has passed. The client of a session is trusted no
 further than its first failure: nothing in it is repaired, and the next session starts afresh.
 
-Many waits of the client have no limit, so every call that talks to the cluster is made through
-`_Cluster.attempt`, which gives it a deadline and words its errors. A call that misses its
-deadline is left behind, and may end late. That harms nothing: before the next session reads an
-offset it has fenced the producer of this one, so what a late commit meets is decided by then. It
-has been committed, and the next session starts behind it, or it never will be.
+A call that misses its deadline is left behind, and may end late. That harms nothing: before the
+next session reads an offset it has fenced the producer of this one, so what a late commit meets is
+decided by then. It has been committed, and the next session starts behind it, or it never will be.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
-
-from kafka import (
-    ConsumerRebalanceListener,
-    KafkaAdminClient,
-    KafkaConsumer,
-    KafkaProducer,
-    OffsetAndMetadata,
-    OffsetSpec,
-    Serializer,
-    TopicPartition,
-)
-from kafka import errors as kafka_errors
-from kafka.admin import MemberToRemove
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.net.compat import KafkaNetClient
-from kafka.net.manager import KafkaConnectionManager
-from kafka.net.sasl.oauth import AbstractTokenProvider
-from kafka.net.selector import NetworkSelector
-from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecordBatch
+from typing import Any, Final, NamedTuple
 
 from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
+from worker.kafka_cluster import (
+    DELIVERY_TIMEOUT,
+    GRACE,
+    INIT_TIMEOUT,
+    REQUEST_TIMEOUT,
+    TRANSACTION_TIMEOUT,
+    Cluster,
+    CommitFailed,
+    Consumer,
+    NoOffset,
+    OffsetOutOfRange,
+    Partition,
+    Producer,
+    RebalanceListener,
+    ms,
+)
 from worker.messages import Message, Record, Topics, TopicSpec
-from worker.security import OPEN, Security, read_secret
-from worker.watchdog import Watchdog
-
-T = TypeVar("T")
-
-# It narrates its own retries; what matters of them comes back as an error. At the level DEBUG it also tells passwords.
-logging.getLogger("kafka").setLevel(logging.CRITICAL)
+from worker.security import OPEN, Security
 
 # Seconds. Each bound says which failure it ends.
-CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
-REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
 SESSION_TIMEOUT: Final = 10.0  # a member that died: its partitions go to the others after this
 HEARTBEAT_INTERVAL: Final = 1.0  # a lost heartbeat or two is no death; and so soon a member hears of a rebalance
 MAX_POLL_INTERVAL: Final = 300.0  # a member that lives and hangs; longer than RESTORE_TIMEOUT and the slowest batch
-INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
-DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
-TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed;
-# and one that hangs, for what it does in a transaction later than that the cluster has aborted
 RESTORE_TIMEOUT: Final = 60.0  # states that stay undecided: TRANSACTION_TIMEOUT, the broker's next look, some reading
 SILENCE: Final = 10.0  # an outage, which a poll cannot tell from a quiet topic, so ask after this
-CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
-GRACE: Final = 5.0  # a client that does not keep the bounds above, which it should have kept by so long after them
 IDLE: Final = 1.0  # how long `follow` waits before it says that nothing came
 
-# Bytes. Bounds on memory; a single larger record still comes through.
-FETCH_BYTES: Final = 16 << 20  # from all partitions of one broker: about 500 chunks of a second of 16 kHz PCM
-PARTITION_FETCH_BYTES: Final = 4 << 20  # so that one busy partition leaves room for the others
-REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
-BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 STATE_SEGMENT_BYTES: Final = 16 << 20  # only closed segments are compacted, and all that is left is read by `restore`
-
-LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
-BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
-
-CONNECT: Final = "connect"  # the one attempt whose failure may have to do with the settings
-NOTHING: Final = object()  # stands for a value of None on its way through the client
-
-
-class TlsError(kafka_errors.KafkaError):  # type: ignore[misc]  # the client ships no types
-    """No connection came about, for TLS does not allow it."""
-
-
-REFUSED: Final = (
-    TlsError,
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedSaslMechanismError,
-    kafka_errors.IllegalSaslStateError,
-)
-BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
-UNUSABLE: Final = (
-    kafka_errors.KafkaConfigurationError,
-    kafka_errors.UnsupportedVersionError,
-    kafka_errors.InconsistentGroupProtocolError,
-    kafka_errors.InvalidSessionTimeoutError,
-    kafka_errors.InvalidTopicError,
-    kafka_errors.MessageSizeTooLargeError,
-    kafka_errors.PolicyViolationError,
-    kafka_errors.InvalidReplicationFactorError,
-    kafka_errors.UnsupportedCodecError,
-    kafka_errors.CorruptRecordError,
-)
-REPLACED: Final = (
-    kafka_errors.ProducerFencedError,
-    kafka_errors.InvalidProducerEpochError,
-    kafka_errors.FencedInstanceIdError,
-)
 
 
 class LostOffset(NamedTuple):
@@ -162,11 +97,11 @@ class KafkaBroker:
         *,
         on_lost_offset: Callable[[LostOffset], None] = stop,
     ) -> None:
-        self._cluster = _Cluster(servers, security)
+        self._cluster = Cluster(servers, security)
         self._topics = topics
         self._on_lost_offset = on_lost_offset
-        self._publisher: Any = None
-        self._followers: set[Any] = set()
+        self._publisher: Producer | None = None
+        self._followers: set[Consumer] = set()
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
         """Create the topics that do not exist yet, with the cluster's default replication, and return their names."""
@@ -184,7 +119,7 @@ class KafkaBroker:
             if spec.name not in existing
         }
         if new:
-            self._cluster.ask("create topics", lambda admin: _create(admin, new))
+            self._cluster.create(new)
         return list(new)
 
     def join(self, group: str, instance: str) -> KafkaSession:
@@ -211,7 +146,7 @@ class KafkaBroker:
         producer = self._publisher
 
         def publish() -> None:
-            _delivered(producer, [_send(producer, message) for message in wanted])
+            producer.deliver([producer.write(message) for message in wanted])
 
         try:
             self._cluster.attempt("publish", INIT_TIMEOUT + DELIVERY_TIMEOUT + GRACE, publish)
@@ -224,16 +159,8 @@ class KafkaBroker:
         partitions = self._cluster.logs(topics)
         consumer = self._cluster.consumer()
         self._followers.add(consumer)
-
-        def start() -> None:
-            consumer.assign(partitions)
-            seek = consumer.seek_to_beginning if from_beginning else consumer.seek_to_end
-            seek(*partitions)
-            for partition in partitions:
-                if consumer.position(partition, timeout_ms=_ms(REQUEST_TIMEOUT)) is None:
-                    raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
-
-        self._cluster.attempt("follow", REQUEST_TIMEOUT + GRACE, start)
+        consumer.start(partitions, from_beginning=from_beginning)
+        self._cluster.attempt("follow", REQUEST_TIMEOUT + GRACE, lambda: consumer.locate(partitions))
         return self._follow(consumer)
 
     def read(self, topics: Sequence[str]) -> Iterator[list[Record]]:
@@ -246,53 +173,47 @@ class KafkaBroker:
         ends = self._cluster.ends(partitions)
         consumer = self._cluster.consumer()
         self._followers.add(consumer)
-        consumer.assign(partitions)
-        consumer.seek_to_beginning(*partitions)
+        consumer.start(partitions)
         return self._read(consumer, ends)
 
     def close(self) -> None:
         """Free the connections; sessions are closed on their own."""
         self._close_publisher()
         while self._followers:
-            self._cluster.farewell(_closing_consumer(self._followers.pop()))
+            self._cluster.farewell(self._followers.pop().end)
 
-    def _follow(self, consumer: Any) -> Iterator[list[Record]]:
-        try:
+    def _follow(self, consumer: Consumer) -> Iterator[list[Record]]:
+        with self._following(consumer):
             while True:
-                yield self._cluster.attempt(
-                    "follow", IDLE + GRACE, lambda: _records(consumer.poll(timeout_ms=_ms(IDLE)))
-                )
-        finally:
-            self._followers.discard(consumer)
-            self._cluster.farewell(_closing_consumer(consumer))
+                yield self._cluster.attempt("follow", IDLE + GRACE, lambda: consumer.records(IDLE))
 
-    def _read(self, consumer: Any, ends: Mapping[Any, int]) -> Iterator[list[Record]]:
-        def read() -> tuple[list[Record], dict[Any, int]]:
-            records = _records(consumer.poll(timeout_ms=_ms(IDLE)))
-            return records, {partition: consumer.position(partition, _ms(IDLE)) or 0 for partition in behind}
-
-        try:
-            behind = {partition: 0 for partition, end in ends.items() if end > 0}
+    def _read(self, consumer: Consumer, ends: Mapping[Any, int]) -> Iterator[list[Record]]:
+        with self._following(consumer):
+            before: dict[Any, int] | None = None
             deadline = time.monotonic() + RESTORE_TIMEOUT
-            while behind:
-                records, positions = self._cluster.attempt("read", RESTORE_TIMEOUT + GRACE, read)
-                if positions != behind:
+            for records, behind in _catch_up(self._cluster, "read", consumer, ends):
+                if behind != before:
                     deadline = time.monotonic() + RESTORE_TIMEOUT
                 if time.monotonic() > deadline:
                     raise Retryable(
                         f"cannot read to the end of {', '.join(sorted({each.topic for each in behind}))} at "
                         f"{self._cluster}: nothing comes for {RESTORE_TIMEOUT:.0f} s, or a transaction is still open"
                     )
-                yield [each for each in records if each.offset < ends[TopicPartition(each.topic, each.partition)]]
-                behind = {partition: at for partition, at in positions.items() if at < ends[partition]}
+                yield [each for each in records if each.offset < ends[Partition(each.topic, each.partition)]]
+                before = behind
+
+    @contextlib.contextmanager
+    def _following(self, consumer: Consumer) -> Iterator[None]:
+        try:
+            yield
         finally:
             self._followers.discard(consumer)
-            self._cluster.farewell(_closing_consumer(consumer))
+            self._cluster.farewell(consumer.end)
 
     def _close_publisher(self) -> None:
         producer, self._publisher = self._publisher, None
         if producer is not None:
-            self._cluster.farewell(_closing_producer(producer))
+            self._cluster.farewell(producer.end)
 
 
 class KafkaSession:
@@ -300,7 +221,7 @@ class KafkaSession:
 
     def __init__(
         self,
-        cluster: _Cluster,
+        cluster: Cluster,
         topics: Topics,
         group: str,
         instance: str,
@@ -313,11 +234,10 @@ class KafkaSession:
         self._instance = instance
         self._changes = _Changes()
         self._heard = -math.inf
-        self._closed = False
-        self._consumer: Any = None
         self._producer = cluster.producer(
-            transactional_id=f"earshot/{self._group}/{instance}", transaction_timeout_ms=_ms(TRANSACTION_TIMEOUT)
+            transactional_id=f"earshot/{self._group}/{instance}", transaction_timeout_ms=ms(TRANSACTION_TIMEOUT)
         )
+        self._farewells: list[Callable[[], None]] = [self._producer.end]
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
             cluster.attempt("join", INIT_TIMEOUT + GRACE, self._producer.init_transactions)
@@ -326,11 +246,11 @@ class KafkaSession:
                 auto_offset_reset="none",  # or the client would go on from elsewhere without a word
                 # A restarted worker takes its partitions over at once, and an older self is fenced.
                 group_instance_id=instance,
-                session_timeout_ms=_ms(SESSION_TIMEOUT),
-                heartbeat_interval_ms=_ms(HEARTBEAT_INTERVAL),
-                max_poll_interval_ms=_ms(MAX_POLL_INTERVAL),
-                partition_assignment_strategy=[CooperativeStickyAssignor],
+                session_timeout_ms=ms(SESSION_TIMEOUT),
+                heartbeat_interval_ms=ms(HEARTBEAT_INTERVAL),
+                max_poll_interval_ms=ms(MAX_POLL_INTERVAL),
             )
+            self._farewells += [self._leave, self._consumer.end]
             cluster.attempt("join", REQUEST_TIMEOUT + GRACE, self._subscribe)
         except BaseException:
             self.close()
@@ -362,34 +282,24 @@ class KafkaSession:
         Raises:
             Retryable: that takes longer than `RESTORE_TIMEOUT`.
         """
-        wanted = [TopicPartition(self._topics.drift_state, partition) for partition in partitions]
+        wanted = [Partition(self._topics.drift_state, partition) for partition in partitions]
         if not wanted:
             return iter(())
         deadline = time.monotonic() + RESTORE_TIMEOUT
         latest: dict[tuple[int, bytes | None], Record] = {}
         ends = self._cluster.ends(wanted)
         consumer = self._cluster.consumer()
-
-        def read() -> None:
-            for record in _records(consumer.poll(timeout_ms=_ms(IDLE))):
-                latest[record.partition, record.key] = record
-            for partition in list(behind):
-                if (consumer.position(partition, _ms(IDLE)) or 0) >= ends[partition]:
-                    behind.remove(partition)
-
         try:
-            consumer.assign(wanted)
-            consumer.seek_to_beginning(*wanted)
-            behind = {partition for partition in wanted if ends[partition] > 0}
-            while behind:
-                if time.monotonic() > deadline:
+            consumer.start(wanted)
+            for records, behind in _catch_up(self._cluster, "restore", consumer, ends):
+                latest |= {(each.partition, each.key): each for each in records}
+                if behind and time.monotonic() > deadline:
                     raise Retryable(
                         f"drift.state cannot be restored within {RESTORE_TIMEOUT:.0f} s from {self._cluster}: "
                         f"a transaction is still open in {sorted(partition.partition for partition in behind)}"
                     )
-                self._cluster.attempt("restore", RESTORE_TIMEOUT + GRACE, read)
         finally:
-            self._cluster.farewell(_closing_consumer(consumer))
+            self._cluster.farewell(consumer.end)
         return (record for record in latest.values() if record.value is not None)
 
     @contextlib.contextmanager
@@ -410,7 +320,7 @@ class KafkaSession:
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
         self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
-        transaction = KafkaTransaction(self._cluster, self._topics, self._producer)
+        transaction = KafkaTransaction(self._cluster, self._producer)
         try:
             yield transaction  # 2
         except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and whoever clears it must not wait
@@ -424,13 +334,8 @@ class KafkaSession:
 
     def close(self) -> None:
         """Leave the group and free the connections."""
-        if self._closed:
-            return
-        self._closed = True
-        self._cluster.farewell(_closing_producer(self._producer))
-        if self._consumer is not None:
-            self._cluster.farewell(self._leave)
-            self._cluster.farewell(_closing_consumer(self._consumer))
+        while self._farewells:
+            self._cluster.farewell(self._farewells.pop(0))
 
     def _subscribe(self) -> None:
         """Subscribe, and wait until the client knows the partitions.
@@ -447,10 +352,10 @@ class KafkaSession:
         while True:
             left = max(0.0, deadline - time.monotonic())
             try:
-                return _records(self._consumer.poll(timeout_ms=_ms(left), max_records=max_records))
-            except kafka_errors.NoOffsetForPartitionError as error:  # the group is new to these partitions
+                return self._consumer.records(left, max_records)
+            except NoOffset as error:  # the group is new to these partitions
                 (partitions,) = error.args
-            except kafka_errors.OffsetOutOfRangeError as error:
+            except OffsetOutOfRange as error:
                 (partitions,) = error.args
                 earliest = self._consumer.beginning_offsets(list(partitions))
                 ends = self._consumer.end_offsets(list(partitions))
@@ -461,17 +366,10 @@ class KafkaSession:
     def _require_membership(self) -> None:
         """Raise Retryable if we think that we are a member of the group, and the group does not."""
         member = self._consumer.group_metadata().member_id
-
-        def look(admin: Any) -> set[str]:
-            (group,) = admin.describe_groups([self._group]).values()
-            if group["error"] is not None:
-                raise kafka_errors.KafkaError(group["error"])
-            return {each["member_id"] for each in group["members"]}
-
         # Without an id we are joining. An id that has changed meanwhile is a later one than the group's.
         if (
             member
-            and member not in self._cluster.ask("look at the group", look)
+            and member not in self._cluster.members(self._group)
             and member == self._consumer.group_metadata().member_id
         ):
             raise Retryable(
@@ -486,48 +384,41 @@ class KafkaSession:
         """
         member = self._consumer.group_metadata().member_id
         if member:
-            bounds = {"bootstrap_timeout_ms": _ms(CLOSE_TIMEOUT), "request_timeout_ms": _ms(CLOSE_TIMEOUT)}
-            with self._cluster.admin(**bounds) as admin:
-                leaver = MemberToRemove(member_id=member, group_instance_id=self._instance)
-                admin.remove_group_members(self._group, [leaver])
+            self._cluster.show_out(self._group, member, self._instance)
 
     def _commit(self, transaction: KafkaTransaction) -> None:
         """Take steps 3 to 6; in 5 and 6 the client itself would wait for ever."""
-        _delivered(self._producer, transaction.results)  # 3
+        self._producer.deliver(transaction.results)  # 3
         if transaction.offsets:
             member = self._consumer.group_metadata()  # 4
             if member.generation_id <= 0:
-                raise kafka_errors.CommitFailedError("the group has a newer generation, without this member")
-            self._producer.send_offsets_to_transaction(transaction.offsets, member)  # 5
+                raise CommitFailed("the group has a newer generation, without this member")
+            self._producer.send_offsets(self._topics.audio_in, transaction.offsets, member)  # 5
         self._producer.commit_transaction()  # 6
 
 
 class KafkaTransaction:
     """What one transaction will commit: messages under way, and offsets noted."""
 
-    def __init__(self, cluster: _Cluster, topics: Topics, producer: Any) -> None:
+    def __init__(self, cluster: Cluster, producer: Producer) -> None:
         self._cluster = cluster
-        self._topics = topics
         self._producer = producer
         self.results: list[tuple[Message, Any]] = []
-        self.offsets: dict[Any, Any] = {}
+        self.offsets: dict[int, int] = {}
 
     def send(self, messages: Iterable[Message]) -> None:
         """Hand messages to the producer, which sends them in the background."""
         wanted = list(messages)
         self._cluster.attempt(
-            "send",
-            TRANSACTION_TIMEOUT,
-            lambda: self.results.extend(_send(self._producer, message) for message in wanted),
+            "send", TRANSACTION_TIMEOUT, lambda: self.results.extend(map(self._producer.write, wanted))
         )
 
     def commit_offsets(self, offsets: Mapping[int, int]) -> None:
         """Note the next offset to read of each partition of ``audio.in``; they are sent after all messages."""
-        for partition, offset in offsets.items():
-            self.offsets[TopicPartition(self._topics.audio_in, partition)] = OffsetAndMetadata(offset, "", -1)
+        self.offsets |= offsets
 
 
-class _Changes(ConsumerRebalanceListener):  # type: ignore[misc]  # the client ships no types
+class _Changes(RebalanceListener):  # type: ignore[misc]  # the client ships no types
     """Notes what the group has given and taken; the client calls it on its I/O thread, which must not wait."""
 
     def __init__(self) -> None:
@@ -554,277 +445,23 @@ class _Changes(ConsumerRebalanceListener):  # type: ignore[misc]  # the client s
             return changes
 
 
-class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
-    """Lets a record have neither key nor value: Kafka does, but the client checks before it serializes."""
+def _catch_up(
+    cluster: Cluster, what: str, consumer: Consumer, ends: Mapping[Any, int]
+) -> Iterator[tuple[list[Record], dict[Any, int]]]:
+    """Yield what each poll brings, and where the partitions stand that are still behind, until none is.
 
-    def serialize(self, _topic: str, _headers: object, data: object) -> object:
-        return None if data is NOTHING else data
-
-
-class _Lenient(bytearray):
-    """Bytes that become text whatever they are: those that are not UTF-8 as escapes."""
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a number, or a part that is as lenient."""
-        part = super().__getitem__(index)
-        return _Lenient(part) if isinstance(index, slice) else part
-
-    def decode(self, encoding: str = "utf-8", _errors: str = "strict") -> str:
-        """Return the text without ever raising."""
-        return super().decode(encoding, "backslashreplace")
-
-
-class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
-    """Records of which one may have a header whose name is not UTF-8: other clients can write that.
-
-    The client's own cannot be got past, by any offset before it or behind.
+    A consumer of committed records passes an offset only once its transaction is decided.
     """
+    behind = {partition: 0 for partition, end in ends.items() if end > 0}
 
-    def _read_msg(self, *args: Any) -> Any:
-        try:
-            return super()._read_msg(*args)
-        except UnicodeDecodeError:  # nothing of the record has been taken yet
-            self._buffer: Any = _Lenient(self._buffer)
-            return super()._read_msg(*args)
+    def read() -> tuple[list[Record], dict[Any, int]]:
+        records = consumer.records(IDLE)
+        return records, {partition: consumer.position(partition, ms(IDLE)) or 0 for partition in behind}
 
-
-memory_records.DefaultRecordBatch = _Batch  # the client has no setting for it
-
-
-class _Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no types
-    """A producer that can be closed: the client's own flush raises at its timeout, and close then leaves its thread."""
-
-    def flush(self, timeout: float | None = None) -> None:
-        """Wait at most ``timeout`` seconds for each batch; what was not delivered says so in its result."""
-        with contextlib.suppress(kafka_errors.KafkaTimeoutError):
-            super().flush(timeout)
-
-
-class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships no types
-    """The token of OAUTHBEARER, read at each connection, since somebody else renews it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def token(self) -> str:
-        try:
-            return read_secret("--kafka-sasl-token-file", self._path)
-        except Fatal as error:
-            raise kafka_errors.SaslAuthenticationFailedError(str(error)) from error
-
-
-class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
-    """Connections that fail at once where they are refused, and not only when the time to connect is over.
-
-    The client means to do so by itself, but looks for the failure before it comes; and the server
-    closes the connection with its answer, so that often the end is all that the client sees.
-    """
-
-    async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
-        answers: list[Exception] = []
-        authenticate = connection._sasl_authenticate  # noqa: SLF001 - nothing else tells
-
-        async def listen(*args: Any) -> None:
-            try:
-                await authenticate(*args)
-            except REFUSED as error:
-                answers.append(error)
-                raise
-
-        def note(error: Exception) -> None:
-            refused = _refused_by_tls(error)
-            if refused is not None:
-                error = TlsError(f"TLS with {node.host}:{node.port} failed: {refused}")
-            if isinstance(error, REFUSED):
-                self._auth_failures[node.node_id] = error
-
-        connection._sasl_authenticate = listen  # noqa: SLF001 - nor any other ear
-        await super()._connect(node, connection, *args, **settings)
-        for answer in answers:
-            note(answer)
-        connection.init_future.add_errback(note)
-
-
-def _refused_by_tls(error: Exception) -> str | None:
-    """Return why TLS has refused a connection, us or them; None if the connection broke in any other way."""
-    for cause in (error.__context__, *error.args):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return cause.verify_message
-        if isinstance(cause, ssl.SSLError) and not isinstance(cause, BROKEN):
-            return cause.reason or str(cause)
-    return None
-
-
-class _Cluster:
-    """How one cluster is reached: makes its clients, bounds what they do, and words their errors."""
-
-    def __init__(self, servers: Sequence[str], security: Security) -> None:
-        self._watchdog = Watchdog()
-        self._servers = ", ".join(servers)
-        self._protocol = security.protocol
-        self._settings: dict[str, Any] = {
-            "bootstrap_servers": list(servers),
-            "bootstrap_timeout_ms": _ms(CONNECT_TIMEOUT),
-            "request_timeout_ms": _ms(REQUEST_TIMEOUT),
-            "security_protocol": security.protocol,
-            "ssl_context": security.tls,
-        }
-        if security.mechanism is not None:
-            self._settings |= {
-                "sasl_mechanism": security.mechanism,
-                "sasl_plain_username": security.username,
-                "sasl_plain_password": security.password,
-            }
-        if security.token_file is not None:
-            self._settings["sasl_oauth_token_provider"] = _Token(security.token_file)
-
-    def __str__(self) -> str:
-        return self._servers
-
-    def admin(self, **settings: Any) -> Any:
-        return self._open(KafkaAdminClient, **settings)
-
-    def consumer(self, **settings: Any) -> Any:
-        """Make a consumer of committed records; also for plain topics: only so does it wait for pending offsets."""
-        return self._open(
-            KafkaConsumer,
-            **{
-                "isolation_level": "read_committed",
-                "enable_auto_commit": False,
-                "auto_offset_reset": "earliest",
-                "allow_auto_create_topics": False,
-                "fetch_max_bytes": FETCH_BYTES,
-                "max_partition_fetch_bytes": PARTITION_FETCH_BYTES,
-                "metrics_enabled": False,
-                **settings,
-            },
-        )
-
-    def producer(self, **settings: Any) -> Any:
-        return self._open(
-            _Producer,
-            compression_type="lz4",
-            linger_ms=_ms(LINGER),
-            batch_size=BATCH_BYTES,
-            max_request_size=REQUEST_BYTES,
-            max_block_ms=_ms(INIT_TIMEOUT),
-            delivery_timeout_ms=_ms(DELIVERY_TIMEOUT),
-            retry_backoff_ms=_ms(BACKOFF),
-            allow_auto_create_topics=False,
-            value_serializer=_Values(),
-            metrics_enabled=False,
-            **settings,
-        )
-
-    def partitions(self, topics: Sequence[str]) -> dict[str, int]:
-        """Return the number of partitions of those of ``topics`` that exist."""
-
-        def look(admin: Any) -> dict[str, int]:
-            found = {}
-            for topic in admin.describe_topics(list(topics)):
-                error = kafka_errors.for_code(topic["error_code"])
-                if error is kafka_errors.UnknownTopicOrPartitionError:
-                    continue
-                if error is not kafka_errors.NoError:
-                    raise error(topic["name"])
-                found[topic["name"]] = len(topic["partitions"])
-            return found
-
-        return self.ask("look at the topics", look)
-
-    def ends(self, partitions: Iterable[Any]) -> dict[Any, int]:
-        """Return where logs end, decided or not: the marker that ends a transaction may still be on its way."""
-
-        def look(admin: Any) -> dict[Any, int]:
-            found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
-            return {partition: each.offset for partition, each in found.items()}
-
-        return self.ask("look for the ends of logs", look)
-
-    def logs(self, topics: Sequence[str]) -> list[Any]:
-        """Return every partition of ``topics``, which have to exist."""
-        found = self.partitions(topics)
-        _require_all(found, topics)
-        return [TopicPartition(topic, partition) for topic in topics for partition in range(found[topic])]
-
-    def require(self, topics: Topics) -> None:
-        """Raise Fatal unless the topics exist and ``drift.state`` has the partitions of ``audio.in``."""
-        names = [spec.name for spec in topics.layout(1)]
-        found = self.partitions(names)
-        _require_all(found, names)
-        audio, state = found[topics.audio_in], found[topics.drift_state]
-        if audio != state:
-            raise Fatal(
-                f"topic {topics.drift_state!r} has {state} partitions and {topics.audio_in!r} has {audio}; "
-                f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
-            )
-
-    def attempt(self, what: str, seconds: float, call: Callable[[], T]) -> T:
-        """Let a client do ``what`` within ``seconds``, and turn its errors into ours."""
-        return self._attempt(what, seconds, call, discard=None)
-
-    def ask(self, what: str, question: Callable[[Any], T]) -> T:
-        """Let an admin client of its own answer ``question``."""
-
-        def ask() -> T:
-            with self.admin() as admin:
-                return question(admin)
-
-        return self.attempt(what, CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, ask)
-
-    def farewell(self, call: Callable[[], Any]) -> None:
-        """Let a client end something, for which nobody waits long and whose failure nobody minds."""
-        with contextlib.suppress(EarshotError):
-            self.attempt("close", CLOSE_TIMEOUT + GRACE, call)
-
-    def _attempt(self, what: str, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None) -> T:
-        try:
-            return self._watchdog.call(seconds, call, discard=discard)
-        except EarshotError:
-            raise
-        except Exception as error:
-            raise self._reaction(error, what) from error
-
-    def _reaction(self, error: Exception, attempt: str) -> EarshotError:
-        # The client wraps some errors in a plain KafkaError.
-        causes = (error, *(each for each in error.args if isinstance(each, kafka_errors.KafkaError)))
-        told = f"cannot {attempt} at {self._servers}: {error}"
-        if any(isinstance(cause, REFUSED) for cause in causes):
-            return Fatal(f"{told}; access is refused: check the settings --kafka-…, and what this user may do")
-        if any(isinstance(cause, REPLACED) for cause in causes):
-            return Retryable(
-                f"{told}; another worker may run under the same --instance, "
-                f"or the transaction took longer than {TRANSACTION_TIMEOUT:.0f} s"
-            )
-        if isinstance(error, ValueError) or any(isinstance(cause, UNUSABLE) for cause in causes):
-            return Fatal(f"{told}; trying again cannot help")
-        if attempt == CONNECT:
-            told += f"; nobody answers there, or expects another --kafka-security-protocol than {self._protocol}"
-        return Retryable(told)
-
-    def _open(self, kind: Any, **settings: Any) -> Any:
-        """Make a client; one that cannot connect leaves its thread and sockets behind unless they are closed here."""
-        networks: list[Any] = []
-
-        def network(**configs: Any) -> Any:
-            selector = NetworkSelector(**configs)
-            networks.append(KafkaNetClient(selector, _Connections(selector, **configs)))
-            return networks[-1]
-
-        def connect() -> Any:
-            return kind(kafka_client=network, **(self._settings | settings))
-
-        try:
-            return self._attempt(CONNECT, CONNECT_TIMEOUT + GRACE, connect, discard=lambda client: client.close())
-        except BaseException:
-            for each in networks:
-                self.farewell(each.close)
-            raise
-
-
-def _create(admin: Any, topics: Mapping[str, Mapping[str, Any]]) -> None:
-    admin.create_topics(topics, timeout_ms=_ms(REQUEST_TIMEOUT), wait_for_metadata=True)
+    while behind:
+        records, positions = cluster.attempt(what, RESTORE_TIMEOUT + GRACE, read)
+        behind = {partition: at for partition, at in positions.items() if at < ends[partition]}
+        yield records, behind
 
 
 def _topic_configs(spec: TopicSpec) -> dict[str, str]:
@@ -834,67 +471,3 @@ def _topic_configs(spec: TopicSpec) -> dict[str, str]:
     if spec.max_message_bytes is not None:
         configs["max.message.bytes"] = str(spec.max_message_bytes)
     return configs
-
-
-def _send(producer: Any, message: Message) -> tuple[Message, Any]:
-    """Hand a message to the client and return it with what will be its result."""
-    return message, producer.send(
-        message.topic,
-        value=NOTHING if message.value is None else message.value,
-        key=message.key,
-        headers=list(message.headers),
-        partition=message.partition,
-        timestamp_ms=message.timestamp,
-    )
-
-
-def _delivered(producer: Any, results: Iterable[tuple[Message, Any]]) -> None:
-    """Wait until every message is written, or raise why one was not."""
-    producer.flush(DELIVERY_TIMEOUT)
-    for message, result in results:
-        if not result.is_done:
-            raise kafka_errors.KafkaTimeoutError(
-                f"a record for {message.topic!r} was not taken within {DELIVERY_TIMEOUT:.0f} s"
-            )
-        try:
-            result.get()
-        except (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError) as error:
-            size = len(message.value or b"") + len(message.key or b"")
-            raise Fatal(
-                f"a record of {size} bytes is too large for topic {message.topic!r}: "
-                "raise its max.message.bytes, or send shorter chunks"
-            ) from error
-
-
-def _records(polled: Mapping[Any, Sequence[Any]]) -> list[Record]:
-    return [
-        Record(
-            each.topic,
-            each.partition,
-            each.offset,
-            each.timestamp,
-            each.key,
-            each.value,
-            tuple((name, value or b"") for name, value in each.headers),
-        )
-        for records in polled.values()
-        for each in records
-    ]
-
-
-def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:
-    missing = [topic for topic in topics if topic not in found]
-    if missing:
-        raise Fatal(f"there is no topic {', '.join(map(repr, missing))}: create it with `earshot-worker topics`")
-
-
-def _closing_producer(producer: Any) -> Callable[[], None]:
-    return lambda: producer.close(timeout=CLOSE_TIMEOUT)
-
-
-def _closing_consumer(consumer: Any) -> Callable[[], None]:
-    return lambda: consumer.close(autocommit=False, timeout_ms=_ms(CLOSE_TIMEOUT))
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)

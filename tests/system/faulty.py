@@ -22,19 +22,20 @@ from tests.system.mutants import Mutation, mutate
 from worker import broker_kafka, broker_sqlite, pipeline
 from worker.broker import Broker
 from worker.errors import Retryable
+from worker.kafka_cluster import Producer
 from worker.messages import Record
 
 Mode = Literal["retryable", "kill"]
 
 KAFKA: Final = {
-    "join": (broker_kafka._Producer, "init_transactions"),
+    "join": (Producer, "init_transactions"),
     "poll": (broker_kafka.KafkaSession, "poll"),
-    "begin": (broker_kafka._Producer, "begin_transaction"),
-    "send": (broker_kafka._Producer, "send"),
-    "flush": (broker_kafka._Producer, "flush"),
+    "begin": (Producer, "begin_transaction"),
+    "send": (Producer, "send"),
+    "flush": (Producer, "flush"),
     "generation": (KafkaConsumer, "group_metadata"),
-    "offsets": (broker_kafka._Producer, "send_offsets_to_transaction"),
-    "commit": (broker_kafka._Producer, "commit_transaction"),
+    "offsets": (Producer, "send_offsets_to_transaction"),
+    "commit": (Producer, "commit_transaction"),
 }
 SQLITE: Final = {
     "join": (broker_sqlite.SqliteBroker, "join"),
@@ -145,12 +146,12 @@ class Undelivered:
 
 def lose_a_message(faults: Faults) -> None:
     """Let the delivery of one message time out, which leaves the transaction of Kafka's client intact."""
-    send = broker_kafka._Producer.send
+    send = Producer.send
 
     def losing(*arguments: Any, **more: Any) -> Any:
         return Undelivered() if faults.due(LOST) else send(*arguments, **more)
 
-    broker_kafka._Producer.send = losing
+    Producer.send = losing
 
 
 class Job(NamedTuple):

@@ -16,11 +16,12 @@ import pytest
 
 from tests import apache_kafka
 from tests.conftest import missing
-from worker import broker_kafka
+from worker import kafka_cluster
 from worker.__main__ import main
-from worker.broker_kafka import CONNECT_TIMEOUT, KafkaBroker
+from worker.broker_kafka import KafkaBroker
 from worker.config import Config
 from worker.errors import Retryable
+from worker.kafka_cluster import CONNECT_TIMEOUT
 from worker.messages import Message, Topics
 from worker.security import security
 
@@ -258,7 +259,7 @@ def test_a_port_of_another_protocol_gives_a_hint(
     cluster: Cluster, topics: Topics, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It closes the connection without a word, as one does that is down: nobody goes on, and the text says both."""
-    monkeypatch.setattr(broker_kafka, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(kafka_cluster, "CONNECT_TIMEOUT", 1.0)
     config = Config(kafka_security_protocol=protocol)  # type: ignore[arg-type]
     address = cluster.plain if protocol == "SSL" else cluster.secured
 

@@ -1,0 +1,493 @@
+"""How one Kafka cluster is reached: the only file that imports kafka.
+
+It owns every client with its settings and timeouts, what the client does not do by itself, and the
+wording of Kafka's errors. It knows nothing of sessions, audio, models or states.
+
+Many waits of the client have no limit, so every call that talks to the cluster is made through
+`Cluster.attempt`, which gives it a deadline and words its errors. A call that misses its deadline
+is left behind, and may end late: `worker.broker_kafka` says why that harms nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import methodcaller
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from kafka import (
+    ConsumerRebalanceListener,
+    KafkaAdminClient,
+    KafkaConsumer,
+    KafkaProducer,
+    OffsetAndMetadata,
+    OffsetSpec,
+    Serializer,
+    TopicPartition,
+)
+from kafka import errors as kafka_errors
+from kafka.admin import MemberToRemove
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.sasl.oauth import AbstractTokenProvider
+from kafka.net.selector import NetworkSelector
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecordBatch
+
+from worker.errors import EarshotError, Fatal, Retryable
+from worker.messages import Message, Record, Topics
+from worker.security import Security, read_secret
+from worker.watchdog import Watchdog
+
+T = TypeVar("T")
+
+# It narrates its own retries; what matters of them comes back as an error. At the level DEBUG it also tells passwords.
+logging.getLogger("kafka").setLevel(logging.CRITICAL)
+
+# Seconds. Each bound says which failure it ends.
+CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
+REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
+INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
+DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
+TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed;
+# and one that hangs, for what it does in a transaction later than that the cluster has aborted
+CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
+GRACE: Final = 5.0  # a client that does not keep the bounds above, which it should have kept by so long after them
+
+# Bytes. Bounds on memory; a single larger record still comes through.
+FETCH_BYTES: Final = 16 << 20  # from all partitions of one broker: about 500 chunks of a second of 16 kHz PCM
+PARTITION_FETCH_BYTES: Final = 4 << 20  # so that one busy partition leaves room for the others
+REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
+BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
+
+LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
+BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
+
+CONNECT: Final = "connect"  # the one attempt whose failure may have to do with the settings
+NOTHING: Final = object()  # stands for a value of None on its way through the client
+
+# What a session has to know of the client by name.
+Partition: Final = TopicPartition
+RebalanceListener: Final = ConsumerRebalanceListener
+CommitFailed: Final = kafka_errors.CommitFailedError
+NoOffset: Final = kafka_errors.NoOffsetForPartitionError
+OffsetOutOfRange: Final = kafka_errors.OffsetOutOfRangeError
+
+
+class TlsError(kafka_errors.KafkaError):  # type: ignore[misc]  # the client ships no types
+    """No connection came about, for TLS does not allow it."""
+
+
+REFUSED: Final = (
+    TlsError,
+    kafka_errors.AuthorizationError,
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
+BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+UNUSABLE: Final = (
+    kafka_errors.KafkaConfigurationError,
+    kafka_errors.UnsupportedVersionError,
+    kafka_errors.InconsistentGroupProtocolError,
+    kafka_errors.InvalidSessionTimeoutError,
+    kafka_errors.InvalidTopicError,
+    kafka_errors.MessageSizeTooLargeError,
+    kafka_errors.PolicyViolationError,
+    kafka_errors.InvalidReplicationFactorError,
+    kafka_errors.UnsupportedCodecError,
+    kafka_errors.CorruptRecordError,
+)
+REPLACED: Final = (
+    kafka_errors.ProducerFencedError,
+    kafka_errors.InvalidProducerEpochError,
+    kafka_errors.FencedInstanceIdError,
+)
+
+
+class Cluster:
+    """How one cluster is reached: makes its clients, bounds what they do, and words their errors."""
+
+    def __init__(self, servers: Sequence[str], security: Security) -> None:
+        self._watchdog = Watchdog()
+        self._servers = ", ".join(servers)
+        self._protocol = security.protocol
+        self._settings: dict[str, Any] = {
+            "bootstrap_servers": list(servers),
+            "bootstrap_timeout_ms": ms(CONNECT_TIMEOUT),
+            "request_timeout_ms": ms(REQUEST_TIMEOUT),
+            "security_protocol": security.protocol,
+            "ssl_context": security.tls,
+        }
+        if security.mechanism is not None:
+            self._settings |= {
+                "sasl_mechanism": security.mechanism,
+                "sasl_plain_username": security.username,
+                "sasl_plain_password": security.password,
+            }
+        if security.token_file is not None:
+            self._settings["sasl_oauth_token_provider"] = _Token(security.token_file)
+
+    def __str__(self) -> str:
+        return self._servers
+
+    def admin(self, **settings: Any) -> Any:
+        """Make a client that asks, and changes what is not records."""
+        return self._open(KafkaAdminClient, **settings)
+
+    def consumer(self, **settings: Any) -> Consumer:
+        """Make a consumer of committed records; also for plain topics: only so does it wait for pending offsets."""
+        return self._open(
+            Consumer,
+            **{
+                "isolation_level": "read_committed",
+                "enable_auto_commit": False,
+                "auto_offset_reset": "earliest",
+                "allow_auto_create_topics": False,
+                "fetch_max_bytes": FETCH_BYTES,
+                "max_partition_fetch_bytes": PARTITION_FETCH_BYTES,
+                "partition_assignment_strategy": [CooperativeStickyAssignor],
+                "metrics_enabled": False,
+                **settings,
+            },
+        )
+
+    def producer(self, **settings: Any) -> Producer:
+        """Make a producer; how large a record may be is for the topics to say."""
+        return self._open(
+            Producer,
+            compression_type="lz4",
+            linger_ms=ms(LINGER),
+            batch_size=BATCH_BYTES,
+            max_request_size=REQUEST_BYTES,
+            max_block_ms=ms(INIT_TIMEOUT),
+            delivery_timeout_ms=ms(DELIVERY_TIMEOUT),
+            retry_backoff_ms=ms(BACKOFF),
+            allow_auto_create_topics=False,
+            value_serializer=_Values(),
+            metrics_enabled=False,
+            **settings,
+        )
+
+    def create(self, topics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Create topics, each with its ``num_partitions`` and ``configs``, and wait until they are known."""
+        self.ask(
+            "create topics",
+            lambda admin: admin.create_topics(topics, timeout_ms=ms(REQUEST_TIMEOUT), wait_for_metadata=True),
+        )
+
+    def partitions(self, topics: Sequence[str]) -> dict[str, int]:
+        """Return the number of partitions of those of ``topics`` that exist."""
+
+        def look(admin: Any) -> dict[str, int]:
+            found = {}
+            for topic in admin.describe_topics(list(topics)):
+                error = kafka_errors.for_code(topic["error_code"])
+                if error is kafka_errors.UnknownTopicOrPartitionError:
+                    continue
+                if error is not kafka_errors.NoError:
+                    raise error(topic["name"])
+                found[topic["name"]] = len(topic["partitions"])
+            return found
+
+        return self.ask("look at the topics", look)
+
+    def ends(self, partitions: Iterable[Any]) -> dict[Any, int]:
+        """Return where logs end, decided or not: the marker that ends a transaction may still be on its way."""
+
+        def look(admin: Any) -> dict[Any, int]:
+            found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+            return {partition: each.offset for partition, each in found.items()}
+
+        return self.ask("look for the ends of logs", look)
+
+    def logs(self, topics: Sequence[str]) -> list[Any]:
+        """Return every partition of ``topics``, which have to exist."""
+        found = self.partitions(topics)
+        _require_all(found, topics)
+        return [Partition(topic, partition) for topic in topics for partition in range(found[topic])]
+
+    def require(self, topics: Topics) -> None:
+        """Raise Fatal unless the topics exist and ``drift.state`` has the partitions of ``audio.in``."""
+        names = [spec.name for spec in topics.layout(1)]
+        found = self.partitions(names)
+        _require_all(found, names)
+        audio, state = found[topics.audio_in], found[topics.drift_state]
+        if audio != state:
+            raise Fatal(
+                f"topic {topics.drift_state!r} has {state} partitions and {topics.audio_in!r} has {audio}; "
+                f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
+            )
+
+    def members(self, group: str) -> set[str]:
+        """Return the ids of the members of a group, as its coordinator knows them."""
+
+        def look(admin: Any) -> set[str]:
+            (found,) = admin.describe_groups([group]).values()
+            if found["error"] is not None:
+                raise kafka_errors.KafkaError(found["error"])
+            return {each["member_id"] for each in found["members"]}
+
+        return self.ask("look at the group", look)
+
+    def show_out(self, group: str, member: str, instance: str) -> None:
+        """End a membership, for which a coordinator that does not answer is not waited for long."""
+        with self.admin(bootstrap_timeout_ms=ms(CLOSE_TIMEOUT), request_timeout_ms=ms(CLOSE_TIMEOUT)) as admin:
+            admin.remove_group_members(group, [MemberToRemove(member_id=member, group_instance_id=instance)])
+
+    def attempt(
+        self, what: str, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None = None
+    ) -> T:
+        """Let a client do ``what`` within ``seconds``, ``discard`` what comes later, and turn its errors into ours."""
+        try:
+            return self._watchdog.call(seconds, call, discard=discard)
+        except EarshotError:
+            raise
+        except Exception as error:
+            raise self._reaction(error, what) from error
+
+    def ask(self, what: str, question: Callable[[Any], T]) -> T:
+        """Let an admin client of its own answer ``question``."""
+
+        def ask() -> T:
+            with self.admin() as admin:
+                return question(admin)
+
+        return self.attempt(what, CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, ask)
+
+    def farewell(self, call: Callable[[], Any]) -> None:
+        """Let a client end something, for which nobody waits long and whose failure nobody minds."""
+        with contextlib.suppress(EarshotError):
+            self.attempt("close", CLOSE_TIMEOUT + GRACE, call)
+
+    def _reaction(self, error: Exception, attempt: str) -> EarshotError:
+        # The client wraps some errors in a plain KafkaError.
+        causes = (error, *(each for each in error.args if isinstance(each, kafka_errors.KafkaError)))
+        told = f"cannot {attempt} at {self._servers}: {error}"
+        if any(isinstance(cause, REFUSED) for cause in causes):
+            return Fatal(f"{told}; access is refused: check the settings --kafka-…, and what this user may do")
+        if any(isinstance(cause, REPLACED) for cause in causes):
+            return Retryable(
+                f"{told}; another worker may run under the same --instance, "
+                f"or the transaction took longer than {TRANSACTION_TIMEOUT:.0f} s"
+            )
+        if isinstance(error, ValueError) or any(isinstance(cause, UNUSABLE) for cause in causes):
+            return Fatal(f"{told}; trying again cannot help")
+        if attempt == CONNECT:
+            told += f"; nobody answers there, or expects another --kafka-security-protocol than {self._protocol}"
+        return Retryable(told)
+
+    def _open(self, kind: Callable[..., T], **settings: Any) -> T:
+        """Make a client; one that cannot connect leaves its thread and sockets behind unless they are closed here."""
+        networks: list[Any] = []
+
+        def network(**configs: Any) -> Any:
+            selector = NetworkSelector(**configs)
+            networks.append(KafkaNetClient(selector, _Connections(selector, **configs)))
+            return networks[-1]
+
+        def connect() -> T:
+            return kind(kafka_client=network, **(self._settings | settings))
+
+        try:
+            client: T = self.attempt(CONNECT, CONNECT_TIMEOUT + GRACE, connect, discard=methodcaller("close"))
+        except BaseException:
+            for each in networks:
+                self.farewell(each.close)
+            raise
+        return client
+
+
+class Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no types
+    """A producer of messages that can be closed.
+
+    The client's own flush raises at its timeout, and close then leaves its thread.
+    """
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait at most ``timeout`` seconds for each batch; what was not delivered says so in its result."""
+        with contextlib.suppress(kafka_errors.KafkaTimeoutError):
+            super().flush(timeout)
+
+    def write(self, message: Message) -> tuple[Message, Any]:
+        """Take a message and return it with what will be its result."""
+        return message, self.send(
+            message.topic,
+            value=NOTHING if message.value is None else message.value,
+            key=message.key,
+            headers=list(message.headers),
+            partition=message.partition,
+            timestamp_ms=message.timestamp,
+        )
+
+    def deliver(self, results: Iterable[tuple[Message, Any]]) -> None:
+        """Wait until every message is written, or raise why one was not."""
+        self.flush(DELIVERY_TIMEOUT)
+        for message, result in results:
+            if not result.is_done:
+                raise kafka_errors.KafkaTimeoutError(
+                    f"a record for {message.topic!r} was not taken within {DELIVERY_TIMEOUT:.0f} s"
+                )
+            try:
+                result.get()
+            except (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError) as error:
+                size = len(message.value or b"") + len(message.key or b"")
+                raise Fatal(
+                    f"a record of {size} bytes is too large for topic {message.topic!r}: "
+                    "raise its max.message.bytes, or send shorter chunks"
+                ) from error
+
+    def send_offsets(self, topic: str, offsets: Mapping[int, int], member: Any) -> None:
+        """Send, for each partition of ``topic``, the next offset that the group of ``member`` has to read."""
+        self.send_offsets_to_transaction(
+            {Partition(topic, partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()},
+            member,
+        )
+
+    def end(self) -> None:
+        """Close within `CLOSE_TIMEOUT`."""
+        self.close(timeout=CLOSE_TIMEOUT)
+
+
+class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no types
+    """A consumer of records."""
+
+    def start(self, partitions: Sequence[Any], *, from_beginning: bool = True) -> None:
+        """Read these partitions from one end of their logs, or the other."""
+        self.assign(partitions)
+        seek = self.seek_to_beginning if from_beginning else self.seek_to_end
+        seek(*partitions)
+
+    def locate(self, partitions: Iterable[Any]) -> None:
+        """Wait until the client knows the offset of each partition, which it looks for only when it needs it."""
+        for partition in partitions:
+            if self.position(partition, timeout_ms=ms(REQUEST_TIMEOUT)) is None:
+                raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
+
+    def records(self, timeout: float, max_records: int | None = None) -> list[Record]:
+        """Poll for at most ``timeout`` seconds."""
+        return [
+            Record(
+                each.topic,
+                each.partition,
+                each.offset,
+                each.timestamp,
+                each.key,
+                each.value,
+                tuple((name, value or b"") for name, value in each.headers),
+            )
+            for records in self.poll(timeout_ms=ms(timeout), max_records=max_records).values()
+            for each in records
+        ]
+
+    def end(self) -> None:
+        """Close within `CLOSE_TIMEOUT`, and commit nothing."""
+        self.close(autocommit=False, timeout_ms=ms(CLOSE_TIMEOUT))
+
+
+def ms(seconds: float) -> int:
+    """Return seconds as the client wants them."""
+    return round(seconds * 1000)
+
+
+class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
+    """Lets a record have neither key nor value: Kafka does, but the client checks before it serializes."""
+
+    def serialize(self, _topic: str, _headers: object, data: object) -> object:
+        return None if data is NOTHING else data
+
+
+class _Lenient(bytearray):
+    """Bytes that become text whatever they are: those that are not UTF-8 as escapes."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a number, or a part that is as lenient."""
+        part = super().__getitem__(index)
+        return _Lenient(part) if isinstance(index, slice) else part
+
+    def decode(self, encoding: str = "utf-8", _errors: str = "strict") -> str:
+        """Return the text without ever raising."""
+        return super().decode(encoding, "backslashreplace")
+
+
+class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
+    """Records of which one may have a header whose name is not UTF-8: other clients can write that.
+
+    The client's own cannot be got past, by any offset before it or behind.
+    """
+
+    def _read_msg(self, *args: Any) -> Any:
+        try:
+            return super()._read_msg(*args)
+        except UnicodeDecodeError:  # nothing of the record has been taken yet
+            self._buffer: Any = _Lenient(self._buffer)
+            return super()._read_msg(*args)
+
+
+memory_records.DefaultRecordBatch = _Batch  # the client has no setting for it
+
+
+class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships no types
+    """The token of OAUTHBEARER, read at each connection, since somebody else renews it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def token(self) -> str:
+        try:
+            return read_secret("--kafka-sasl-token-file", self._path)
+        except Fatal as error:
+            raise kafka_errors.SaslAuthenticationFailedError(str(error)) from error
+
+
+class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
+    """Connections that fail at once where they are refused, and not only when the time to connect is over.
+
+    The client means to do so by itself, but looks for the failure before it comes; and the server
+    closes the connection with its answer, so that often the end is all that the client sees.
+    """
+
+    async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
+        answers: list[Exception] = []
+        authenticate = connection._sasl_authenticate  # noqa: SLF001 - nothing else tells
+
+        async def listen(*args: Any) -> None:
+            try:
+                await authenticate(*args)
+            except REFUSED as error:
+                answers.append(error)
+                raise
+
+        def note(error: Exception) -> None:
+            refused = _refused_by_tls(error)
+            if refused is not None:
+                error = TlsError(f"TLS with {node.host}:{node.port} failed: {refused}")
+            if isinstance(error, REFUSED):
+                self._auth_failures[node.node_id] = error
+
+        connection._sasl_authenticate = listen  # noqa: SLF001 - nor any other ear
+        await super()._connect(node, connection, *args, **settings)
+        for answer in answers:
+            note(answer)
+        connection.init_future.add_errback(note)
+
+
+def _refused_by_tls(error: Exception) -> str | None:
+    """Return why TLS has refused a connection, us or them; None if the connection broke in any other way."""
+    for cause in (error.__context__, *error.args):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, BROKEN):
+            return cause.reason or str(cause)
+    return None
+
+
+def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:
+    missing = [topic for topic in topics if topic not in found]
+    if missing:
+        raise Fatal(f"there is no topic {', '.join(map(repr, missing))}: create it with `earshot-worker topics`")
