@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos soak lint format lock clean
+.PHONY: help demo test faults chaos soak lint format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -13,8 +13,11 @@ help: ## show this
 demo: $(READY) ## train, stream, predict and catch a drift, in a minute; DATA=folder (and LABEL=column) for your own clips
 	@$(BIN)/python -m tests.system.demo $(if $(DATA),"$(DATA)") $(if $(LABEL),--label "$(LABEL)")
 
-test: $(READY) ## run every test, on SQLite and on a real Apache Kafka
-	@$(BIN)/pytest -q
+test: $(READY) ## run the tests, on SQLite and on a real Apache Kafka
+	@$(BIN)/pytest -q -m "not long"
+
+faults: $(READY) ## run the long tests: a fault at every step of a transaction, workers and brokers that are killed
+	@$(BIN)/pytest -q -m long
 
 chaos: $(READY) ## kill workers and the broker while 5,000 chunks pass, and compare with a run that nothing happens to
 	@$(BIN)/python -m tests.system.chaos

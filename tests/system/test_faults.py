@@ -33,6 +33,8 @@ from worker.broker_kafka import KafkaBroker
 from worker.broker_sqlite import SqliteBroker
 from worker.messages import Message, Topics
 
+pytestmark = pytest.mark.long
+
 RECORDS: Final = 30
 PARTITIONS: Final = 2
 PATIENCE: Final = 60.0
