@@ -25,7 +25,7 @@ from tests.worker.test_service import (
     serve,
     sound,
 )
-from worker import health
+from worker import broker_kafka, health, kafka_cluster
 from worker.broker import Polled
 from worker.errors import Fatal
 from worker.health import STUCK, Health, Pulse, endpoint
@@ -86,9 +86,12 @@ class TestPulse:
 
     def test_longer_than_any_step(self) -> None:
         """No bound of the Kafka client is longer, so that only what has no bound can be taken for stuck."""
-        kafka = pytest.importorskip("worker.broker_kafka")
-        bounds = (kafka.RESTORE_TIMEOUT, kafka.INIT_TIMEOUT + kafka.CONNECT_TIMEOUT, kafka.TRANSACTION_TIMEOUT)
-        assert 2 * max(bounds) < STUCK == kafka.MAX_POLL_INTERVAL
+        bounds = (
+            broker_kafka.RESTORE_TIMEOUT,
+            kafka_cluster.INIT_TIMEOUT + kafka_cluster.CONNECT_TIMEOUT,
+            kafka_cluster.TRANSACTION_TIMEOUT,
+        )
+        assert 2 * max(bounds) < STUCK == broker_kafka.MAX_POLL_INTERVAL
 
 
 class TestLoop:
