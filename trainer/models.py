@@ -1,0 +1,48 @@
+"""The forests that can be trained, and their settings."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+
+Kind = Literal["random-forest", "extra-trees"]
+
+FORESTS: Final = {
+    ("random-forest", "classification"): RandomForestClassifier,
+    ("random-forest", "regression"): RandomForestRegressor,
+    ("extra-trees", "classification"): ExtraTreesClassifier,
+    ("extra-trees", "regression"): ExtraTreesRegressor,
+}
+
+
+class ForestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides how a forest grows, beside its data and its seed; names are scikit-learn's.
+
+    ``max_features`` None is scikit-learn's own choice for the task: the square root of their number for
+    classification, all of them for regression. ``class_weight`` means nothing to a regressor.
+    """
+
+    kind: Kind = "random-forest"
+    n_estimators: int = 100
+    max_depth: int | None = None
+    max_features: Literal["sqrt", "log2"] | float | None = None
+    min_samples_leaf: int = 1
+    min_samples_split: int = 2
+    class_weight: Literal["balanced", "balanced_subsample"] | None = None
+
+    def make(self, task: str, *, seed: int, jobs: int | None = None) -> Any:
+        """Return a new, unfitted scikit-learn forest."""
+        settings = msgspec.structs.asdict(self)
+        kind = settings.pop("kind")
+        if settings["max_features"] is None:
+            settings["max_features"] = "sqrt" if task == "classification" else 1.0
+        if task == "regression":
+            settings.pop("class_weight")
+        return FORESTS[kind, task](**settings, random_state=seed, n_jobs=jobs)
