@@ -30,8 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-from worker.audio import from_container, resample
-from worker.errors import BadRecord, Fatal
+from worker.errors import Fatal
 
 MANIFESTS: Final = ("manifest.csv", "meta.csv", "metadata.csv", "meta/esc50.csv")
 FILE_COLUMNS: Final = ("filename", "file", "path")
@@ -42,9 +41,6 @@ SUFFIXES: Final = frozenset(
 
 MOST_CLASSES: Final = 20
 """Whole numbers with more distinct values than this are a quantity, with fewer they are codes of classes."""
-
-MOST_SKIPPED: Final = 0.1
-"""A larger share of unusable clips is a mistake in the data set, and not a few bad files."""
 
 Task = Literal["classification", "regression"]
 Index = NDArray[np.intp]
@@ -73,13 +69,6 @@ class Dataset(msgspec.Struct, frozen=True):
     label: str
     task: Task
     warnings: tuple[str, ...] = ()
-
-
-class Skipped(NamedTuple):
-    """A clip that cannot be used, and why."""
-
-    path: Path
-    reason: str
 
 
 class _Listed(NamedTuple):
@@ -146,36 +135,6 @@ def splits(dataset: Dataset, n_splits: int = 5, seed: int = 0) -> list[tuple[Ind
         warnings.filterwarnings("ignore", "The least populated class")  # it cannot be in every test, and need not
         pairs = list(folds(most, shuffle=True, random_state=seed).split(groups, labels, groups))
     return [(train, test) for train, test in pairs if train.size and test.size]
-
-
-def read_clip(path: Path, sample_rate: int) -> NDArray[np.float32]:
-    """Read any file that libsndfile reads as a mono waveform, shape (samples,), at ``sample_rate`` in Hz.
-
-    Decoding, mixing and resampling are the worker's, so that a model is trained on what it is served.
-
-    Raises:
-        BadRecord: the file cannot be read, or holds no usable sound.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRecord("undecodable", f"the file cannot be read: {error.strerror}") from error
-    sound = from_container(data)
-    return resample(sound.samples, sound.sample_rate, sample_rate)
-
-
-def too_many_skipped(skipped: Sequence[Skipped], clips: int) -> None:
-    """Do nothing if ``skipped`` are few among so many ``clips``.
-
-    Raises:
-        Fatal: they are more than `MOST_SKIPPED` of them.
-    """
-    if len(skipped) > MOST_SKIPPED * clips:
-        examples = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
-        raise Fatal(
-            f"{len(skipped)} of {clips} clips are unusable, more than {MOST_SKIPPED:.0%}; repair or remove them. "
-            f"The first are {examples}"
-        )
 
 
 def data_hash(dataset: Dataset) -> str:

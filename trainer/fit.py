@@ -12,25 +12,23 @@ With the same clips, settings and versions the forest is the same to the bit, on
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import joblib
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import wavfile
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from trainer import evaluate
-from trainer.dataset import Dataset, Skipped, data_hash, read_clip, splits, too_many_skipped
+from trainer.dataset import Dataset, data_hash, splits
 from trainer.evaluate import Index
+from trainer.extract import Progress, Skipped, Windows, featurize
 from worker import bundle
 from worker.audio import UNLIMITED, from_container
 from worker.bundle import Manifest
-from worker.errors import BadRecord, Fatal
+from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
 
@@ -39,22 +37,6 @@ GOLDEN_CLIPS: Final = 8
 
 GOLDEN_WINDOWS: Final = 2.0
 """The length of a golden clip in windows: more than one, so that windowing is replayed as well."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
-
-
-class Windows(NamedTuple):
-    """All windows of all clips that can be used.
-
-    ``features`` has shape (windows, features); ``owner`` says of each window which clip of ``dataset``
-    it is from, and no clip is without one.
-    """
-
-    dataset: Dataset
-    features: NDArray[np.float32]
-    owner: Index
-    skipped: list[Skipped]
 
 
 class Fitted(NamedTuple):
@@ -138,36 +120,6 @@ def fit(
         ],
     )
     return Fitted(manifest, windows.skipped)
-
-
-def featurize(
-    dataset: Dataset, featurizer: Featurizer, *, jobs: int = -1, on_progress: Progress = lambda _s, _d, _t: None
-) -> Windows:
-    """Decode all clips and compute the features of all their windows.
-
-    Raises:
-        Fatal: more clips are unreadable or empty than a data set may have.
-    """
-
-    def features_of(path: Path) -> NDArray[np.float32] | BadRecord:
-        try:
-            return featurizer.transform(featurizer.windows(read_clip(path, featurizer.spec.sample_rate)))
-        except BadRecord as error:
-            return error
-
-    usable, parts, skipped = [], [], []
-    tasks = (joblib.delayed(features_of)(clip.path) for clip in dataset.clips)
-    results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
-    for done, (clip, result) in enumerate(zip(dataset.clips, results, strict=True), start=1):
-        if isinstance(result, BadRecord):
-            skipped.append(Skipped(clip.path, result.detail))
-        else:
-            usable.append(clip)
-            parts.append(result)
-        on_progress("listening to the clips", done, len(dataset.clips))
-    too_many_skipped(skipped, len(dataset.clips))
-    owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return Windows(msgspec.structs.replace(dataset, clips=tuple(usable)), np.concatenate(parts), owner, skipped)
 
 
 def _targets(windows: Windows) -> tuple[NDArray[Any], tuple[str, ...]]:

@@ -14,7 +14,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.dataset import Clip, Dataset, Skipped, data_hash, load, read_clip, splits, too_many_skipped
+from trainer.dataset import Clip, Dataset, data_hash, load, splits
+from trainer.extract import Skipped, read_clip, too_many_skipped
 from worker.audio import Limits, waveform
 from worker.errors import BadRecord, Fatal
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
 
-from trainer.dataset import read_clip
 from trainer.evaluate import (
     ALWAYS_WATCHED,
     WATCHED_FEATURES,
@@ -25,6 +24,7 @@ from trainer.evaluate import (
     regression_metrics,
     watched_features,
 )
+from trainer.extract import read_clip
 from worker import bundle
 from worker.audio import UNLIMITED
 from worker.drift import DriftPolicy

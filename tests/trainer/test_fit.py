@@ -17,7 +17,8 @@ from sklearn.ensemble import RandomForestClassifier
 from tests.system.processes import run
 from trainer.dataset import Dataset, data_hash, load, splits
 from trainer.evaluate import classification_metrics, held_out_scores, reference_profile
-from trainer.fit import GOLDEN_CLIPS, Fitted, featurize, fit
+from trainer.extract import featurize
+from trainer.fit import GOLDEN_CLIPS, Fitted, fit
 from worker import bundle
 from worker.audio import UNLIMITED, from_container, waveform
 from worker.errors import Fatal
@@ -169,7 +170,7 @@ class TestHonesty:
         sounds = [Sound(label, str(n), f) for n, (label, f) in enumerate(zip(labels, frequencies, strict=True))]
         manifest = trained(written(tmp_path / "data", sounds), tmp_path / "out", seed=1).manifest
         featurizer = Featurizer(SPEC)
-        dataset, features, owner, _ = featurize(load(tmp_path / "data"), featurizer)
+        dataset, features, owner, *_ = featurize(load(tmp_path / "data"), featurizer)
         targets = (np.array([clip.label for clip in dataset.clips]) == "b").astype(np.intp)[owner]
         held_out = held_out_scores(
             lambda: RandomForestClassifier(5, random_state=1),
