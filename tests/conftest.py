@@ -12,8 +12,8 @@ import pytest
 
 from tests import apache_kafka
 from trainer.dataset import load
-from trainer.fit import fit
 from trainer.simulate import simulate
+from trainer.training import fit
 from worker.features import FeatureSpec
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -56,7 +56,7 @@ def _simulate(arguments: dict[str, Any]) -> int:
 
 def _fit(arguments: dict[str, Any]) -> int:
     from trainer.dataset import load
-    from trainer.fit import fit
+    from trainer.training import fit
     from worker.features import FeatureSpec
 
     dataset = load(arguments["data"], label=arguments["label"], task=arguments["task"])

@@ -32,8 +32,8 @@ from tests.system.oracle import PLAIN, Verdict
 from tests.system.processes import run, wait_for
 from tests.system.stream import EXPECTED, MAX_RECORD_BYTES, as_wav, stream
 from trainer.dataset import load
-from trainer.fit import fit
 from trainer.simulate import simulate
+from trainer.training import fit
 from worker.broker_kafka import SESSION_TIMEOUT
 from worker.config import Config
 from worker.features import FeatureSpec

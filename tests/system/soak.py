@@ -28,8 +28,8 @@ from tests.system import cluster
 from tests.system.processes import run, wait_for, worker
 from tests.system.stream import MAX_RECORD_BYTES, stream
 from trainer.dataset import load
-from trainer.fit import fit
 from trainer.simulate import simulate
+from trainer.training import fit
 from worker.config import Config
 from worker.features import FeatureSpec
 from worker.messages import Message, Topics

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
 
-from trainer.evaluate import (
+from trainer.evaluation import (
     ALWAYS_WATCHED,
     WATCHED_FEATURES,
     Index,

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from scipy.io import wavfile
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
-from trainer import evaluate
+from trainer import evaluation
 from trainer.dataset import Dataset, data_hash, splits
-from trainer.evaluate import Index
+from trainer.evaluation import Index
 from trainer.extract import Progress, Skipped, Windows, featurize
 from worker import bundle
 from worker.audio import UNLIMITED, from_container
@@ -82,16 +82,16 @@ def fit(
     targets, classes = _targets(windows)
     held_out = _held_out(windows, targets, classes, trees=trees, seed=seed, jobs=jobs, on_progress=on_progress)
     metrics = (
-        evaluate.classification_metrics(held_out, targets, windows.owner)
+        evaluation.classification_metrics(held_out, targets, windows.owner)
         if classes
-        else evaluate.regression_metrics(held_out, targets, windows.owner)
+        else evaluation.regression_metrics(held_out, targets, windows.owner)
     )
     labels = np.array(classes)[targets] if classes else targets
     on_progress("fitting the forest", 0, 1)
     forest = _forest(dataset.task, trees, seed, jobs).fit(windows.features, labels)
     forest.n_jobs = None  # how many cores trained it is nobody's business, and would change its bytes
     on_progress("fitting the forest", 1, 1)
-    watched = evaluate.watched_features(forest.feature_importances_, featurizer.feature_names)
+    watched = evaluation.watched_features(forest.feature_importances_, featurizer.feature_names)
     flat = Forest.from_sklearn(forest)
     manifest = bundle.write(
         out,
@@ -111,7 +111,7 @@ def fit(
         },
         featurizer=featurizer,
         forest=forest,
-        profile=evaluate.reference_profile(
+        profile=evaluation.reference_profile(
             held_out, windows.features, classes=classes, watched=watched, names=featurizer.feature_names
         ),
         goldens=[
@@ -151,7 +151,7 @@ def _held_out(
             yield fold
         on_progress("testing on held-out clips", len(folds), len(folds))
 
-    return evaluate.held_out_scores(
+    return evaluation.held_out_scores(
         lambda: _forest(windows.dataset.task, trees, seed, jobs),
         windows.features,
         targets,

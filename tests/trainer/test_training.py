@@ -16,9 +16,9 @@ from sklearn.ensemble import RandomForestClassifier
 
 from tests.system.processes import run
 from trainer.dataset import Dataset, data_hash, load, splits
-from trainer.evaluate import classification_metrics, held_out_scores, reference_profile
+from trainer.evaluation import classification_metrics, held_out_scores, reference_profile
 from trainer.extract import featurize
-from trainer.fit import GOLDEN_CLIPS, Fitted, fit
+from trainer.training import GOLDEN_CLIPS, Fitted, fit
 from worker import bundle
 from worker.audio import UNLIMITED, from_container, waveform
 from worker.errors import Fatal
