@@ -1,57 +1,42 @@
-"""Labelled clips: where they are, what they are called, and how they are held out.
+"""Labelled clips: what they are called, what is to be learnt from them, and which of them belong together.
 
-This module owns the layouts that a data set may have on disk, and the rule that clips of one
-recording never stand on both sides of a split. It must not know about features or models.
-
-Two layouts are read:
-
-- a folder for each class, whose name is the label of every sound in it;
-- a CSV manifest, given by its path or found in a folder under one of `MANIFESTS`. It has a column
-  of files (one of `FILE_COLUMNS`) and a column of labels, and may have ``fold`` and ``group``. Files
-  are looked for beside the manifest, then in ``audio/`` beside it, then in ``../audio``. ESC-50's own
-  table (Piczak 2015) is read as it is: ``category`` is the label and ``src_file`` the group.
-
-Clips are one group if the manifest says so, and also if their files are equal byte for byte.
+This module owns the data set as everything after it sees it, wherever it lay. Clips are one group if
+the manifest says so, if they are segments of one file and it says nothing, and always if they share a
+sound: the same bytes, segments that overlap, or equal samples in other bytes. It must not know about
+features or models.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
+from trainer.layouts import Listed, find_manifest, finite_number, from_csv, from_folders
 from worker.errors import Fatal
-
-MANIFESTS: Final = ("manifest.csv", "meta.csv", "metadata.csv", "meta/esc50.csv")
-FILE_COLUMNS: Final = ("filename", "file", "path")
-SUFFIXES: Final = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
-)
-"""What counts as a sound in a folder per class; a manifest may name anything that libsndfile reads."""
 
 MOST_CLASSES: Final = 20
 """Whole numbers with more distinct values than this are a quantity, with fewer they are codes of classes."""
+
+BACKGROUND: Final = frozenset({"background", "noise", "silence", "other"})
+"""Classes of these names, in any case, are learnt so that they can be told from what matters."""
 
 Task = Literal["classification", "regression"]
 Index = NDArray[np.intp]
 
 
 class Clip(msgspec.Struct, frozen=True):
-    """One labelled sound.
+    """One labelled sound: a file, or the segment of it from ``start`` to ``end`` (None: its end) in seconds.
 
-    ``name`` is its place within the data set, the same wherever that lies; ``label`` is a class,
-    or a number as it was written; clips with the same ``group`` belong together; ``fold`` is the
-    official split it is tested in, if there are any; ``sha256`` is that of the file.
+    ``name`` is its place within the data set, the same wherever that lies, "file@start-end" for a segment;
+    ``label`` is a class, or a number as it was written; clips with the same ``group`` belong together;
+    ``fold`` is the official split it is tested in, if there are any; ``sha256`` is that of the file.
     """
 
     path: Path
@@ -60,26 +45,25 @@ class Clip(msgspec.Struct, frozen=True):
     group: str
     fold: str | None
     sha256: str
+    start: float = 0.0
+    end: float | None = None
 
 
 class Dataset(msgspec.Struct, frozen=True):
-    """Labelled clips, the name of what they are labelled with, and what is to be learnt from it."""
+    """Labelled clips, the name of what they are labelled with, and what is to be learnt from it.
+
+    ``background`` are the classes that are learnt only to be told from the others, see `BACKGROUND`.
+    """
 
     clips: tuple[Clip, ...]
     label: str
     task: Task
     warnings: tuple[str, ...] = ()
-
-
-class _Listed(NamedTuple):
-    """A clip, and where a person finds what was said of it."""
-
-    clip: Clip
-    where: str
+    background: tuple[str, ...] = ()
 
 
 def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
-    """Find the clips of a folder per class or of a CSV manifest; nothing is decoded yet.
+    """Find the clips of a folder per class or of a CSV manifest (see `trainer.layouts`); nothing is decoded yet.
 
     Args:
         data: a folder, or a manifest.
@@ -89,52 +73,39 @@ def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
             anything else, and every folder per class, is classification.
 
     Raises:
-        Fatal: the layout is another, a column or a file is missing, or a label cannot be used.
+        Fatal: the layout is another, a column or a file is missing, a label cannot be used, or a
+            group stands in two folds.
     """
-    manifest = _manifest(data)
+    manifest = find_manifest(data)
     if manifest is None:
-        listed, column, quantity = list(_from_folders(data, label)), label, False
+        listed, quantity = from_folders(data, label), False
     else:
-        column, listed = _from_csv(manifest, label)
-        quantity = _is_quantity({entry.clip.label for entry in listed})
+        label, listed = from_csv(manifest, label)
+        quantity = _is_quantity({each.label for each in listed})
     if task is None:
         task = "regression" if quantity else "classification"
     if task == "regression":
-        for clip, where in listed:
-            if _number(clip.label) is None:
-                raise Fatal(f"{where}: {column} is {clip.label!r}; regression expects a finite number")
-    clips, found = _group_identical([entry.clip for entry in listed])
-    if task == "classification":
-        found += _never_held_out(clips)
-    return Dataset(clips, column, task, found)
+        for each in listed:
+            if finite_number(each.label) is None:
+                raise Fatal(f"{each.where}: {label} is {each.label!r}; regression expects a finite number")
+    clips = _clips(listed)
+    _check_folds(clips)
+    clips, found = _joined(clips, _same_bytes(clips))
+    if task == "regression":
+        return Dataset(clips, label, task, found)
+    background = sorted({clip.label for clip in clips if clip.label.casefold() in BACKGROUND})
+    return Dataset(clips, label, task, found + _never_held_out(clips), tuple(background))
 
 
-def splits(dataset: Dataset, n_splits: int = 5, seed: int = 0) -> list[tuple[Index, Index]]:
-    """Return pairs of clip indices (train, test); every clip is tested once, and no group is on both sides.
+def join_equal_sounds(dataset: Dataset, sounds: Sequence[str]) -> Dataset:
+    """Return ``dataset`` with clips of equal sound in one group, and a warning for each that was not.
 
-    The folds of the data set are used if it has any. Otherwise whole groups are held out, with
-    the classes spread evenly as far as groups allow; there are fewer splits if groups are few.
-
-    Raises:
-        Fatal: a group stands in two folds, or nothing can be held out.
+    Args:
+        dataset: labelled clips.
+        sounds: a hash of the decoded samples of each clip.
     """
-    groups = np.array([clip.group for clip in dataset.clips])
-    if dataset.clips[0].fold is not None:
-        return _official_splits(dataset.clips)
-    labels = np.array([clip.label for clip in dataset.clips])
-    most = min(n_splits, len(set(groups)))
-    if dataset.task == "classification":
-        most = min(most, max(Counter(labels).values()))
-    if most < 2:
-        raise Fatal(
-            f"nothing can be held out of {len(groups)} clips: they need two groups at least, and a class two clips; "
-            "the column 'group' says which clips are from one recording or machine"
-        )
-    folds = StratifiedGroupKFold if dataset.task == "classification" else GroupKFold
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # it cannot be in every test, and need not
-        pairs = list(folds(most, shuffle=True, random_state=seed).split(groups, labels, groups))
-    return [(train, test) for train, test in pairs if train.size and test.size]
+    clips, found = _joined(dataset.clips, _same_sound(dataset.clips, sounds))
+    return msgspec.structs.replace(dataset, clips=clips, warnings=dataset.warnings + found)
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -143,78 +114,16 @@ def data_hash(dataset: Dataset) -> str:
     return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()
 
 
-def _manifest(data: Path) -> Path | None:
-    """Return the manifest that ``data`` is or has, or None for a folder per class."""
-    if data.is_file():
-        return data
-    if not data.is_dir():
-        raise Fatal(f"{data} does not exist; expected a folder of clips or a CSV manifest")
-    return next((data / name for name in MANIFESTS if (data / name).is_file()), None)
-
-
-def _from_folders(data: Path, label: str) -> Iterator[_Listed]:
-    if label != "label":
-        raise Fatal(f"{data} has no manifest ({', '.join(MANIFESTS)}), so there is no column {label!r} in it")
-    paths = sorted(path for path in data.glob("*/**/*") if _is_sound(path))
-    if not paths:
-        raise Fatal(
-            f"{data} holds no clips; expected a folder for each class with sounds in it "
-            f"({', '.join(sorted(SUFFIXES))}), or a manifest ({', '.join(MANIFESTS)})"
+def _clips(listed: Iterable[Listed]) -> tuple[Clip, ...]:
+    hashes: dict[Path, str] = {}  # a long file is listed with each of its segments
+    clips = []
+    for each in listed:
+        if each.path not in hashes:
+            hashes[each.path] = _sha256(each.path)
+        clips.append(
+            Clip(each.path, each.name, each.label, each.group, each.fold, hashes[each.path], each.start, each.end)
         )
-    for path in paths:
-        name = path.relative_to(data)
-        yield _Listed(Clip(path, name.as_posix(), name.parts[0], name.as_posix(), None, _sha256(path)), str(path))
-
-
-def _is_sound(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # macOS leaves a "._a.wav" beside an a.wav on foreign disks
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
-
-
-def _from_csv(manifest: Path, label: str) -> tuple[str, list[_Listed]]:
-    """Return the column of the labels, and the clips."""
-    try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            reader.fieldnames = columns = [column.strip() for column in reader.fieldnames or ()]
-            rows = [(f"{manifest}, row {reader.line_num}", row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Fatal(f"{manifest} cannot be read as CSV in UTF-8: {error}") from error
-    file_column = next((column for column in FILE_COLUMNS if column in columns), None)
-    if file_column is None:
-        raise Fatal(
-            f"{manifest} has none of the columns {', '.join(FILE_COLUMNS)}; it has {', '.join(columns) or 'no header'}"
-        )
-    esc50 = {"category", "src_file"} <= set(columns)
-    if label == "label" and label not in columns and esc50:
-        label = "category"
-    if label not in columns:
-        raise Fatal(f"{manifest} has no column {label!r} to learn; it has {', '.join(columns)}")
-    if not rows:
-        raise Fatal(f"{manifest} lists no clips: it has a header and nothing else")
-    group_column = "group" if "group" in columns else "src_file" if esc50 else None
-
-    def clip(where: str, row: dict[str, str]) -> Clip:
-        def cell(column: str) -> str:
-            text = row[column].strip()
-            if not text:
-                raise Fatal(f"{where}: the column {column!r} is empty; fill it in, or remove the row")
-            return text
-
-        name = cell(file_column)
-        path = _find(manifest.parent, name, where)
-        group = cell(group_column) if group_column else name
-        return Clip(path, name, cell(label), group, cell("fold") if "fold" in columns else None, _sha256(path))
-
-    return label, [_Listed(clip(where, row), where) for where, row in rows]
-
-
-def _find(folder: Path, name: str, where: str) -> Path:
-    places = (folder / name, folder / "audio" / name, folder.parent / "audio" / name)
-    for path in places:
-        if path.is_file():
-            return path
-    raise Fatal(f"{where}: there is no file {name!r}; looked for {', '.join(map(str, places))}")
+    return tuple(clips)
 
 
 def _sha256(path: Path) -> str:
@@ -225,23 +134,60 @@ def _sha256(path: Path) -> str:
         raise Fatal(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _is_quantity(labels: Iterable[str]) -> bool:
-    numbers = {_number(label) for label in labels}
+    numbers = {finite_number(label) for label in labels}
     return None not in numbers and (len(numbers) > MOST_CLASSES or any(n is not None and n % 1 for n in numbers))
 
 
-def _group_identical(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], tuple[str, ...]]:
-    """Join the groups of clips with equal bytes, for one of them would tell what the other is; say which."""
-    joined: dict[str, str] = {}
+def _check_folds(clips: Iterable[Clip]) -> None:
     first: dict[str, Clip] = {}
+    for clip in clips:
+        other = first.setdefault(clip.group, clip)
+        if other.fold != clip.fold:
+            raise Fatal(
+                f"{other.name} is in fold {other.fold} and {clip.name} in fold {clip.fold}, but both are of group "
+                f"{clip.group!r}; clips of one group must be in one fold"
+            )
+
+
+Twins = tuple[int, int, str]
+"""A clip, an earlier one that it must not be held out from, and why: words that stand between their names."""
+
+
+def _same_bytes(clips: Sequence[Clip]) -> Iterator[Twins]:
+    """Find clips of equal bytes, unless they are segments that do not overlap."""
+    by_content: dict[str, list[int]] = {}
+    for index, clip in enumerate(clips):
+        by_content.setdefault(clip.sha256, []).append(index)
+    for indices in by_content.values():
+        longest, *rest = sorted(indices, key=lambda index: clips[index].start)
+        for index in rest:
+            clip, before = clips[index], clips[longest]
+            if clip.start < _end(before):
+                yield index, longest, "has the same bytes as" if _bytes(clip) == _bytes(before) else "overlaps with"
+            if _end(clip) > _end(before):
+                longest = index
+
+
+def _same_sound(clips: Sequence[Clip], sounds: Sequence[str]) -> Iterator[Twins]:
+    first: dict[str, int] = {}
+    for index, sound in enumerate(sounds):
+        earlier = first.setdefault(sound, index)
+        if _bytes(clips[index]) != _bytes(clips[earlier]):  # of those that are equal it is known already
+            yield index, earlier, "has the same sound as"
+
+
+def _bytes(clip: Clip) -> tuple[str, float, float]:
+    return clip.sha256, clip.start, _end(clip)
+
+
+def _end(clip: Clip) -> float:
+    return math.inf if clip.end is None else clip.end
+
+
+def _joined(clips: Sequence[Clip], pairs: Iterable[Twins]) -> tuple[tuple[Clip, ...], tuple[str, ...]]:
+    """Join the groups of twins, for one of them would tell what the other is; say which were not yet one."""
+    joined: dict[str, str] = {}
     found = []
 
     def root(group: str) -> str:
@@ -249,17 +195,21 @@ def _group_identical(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], tuple[str
             group = joined[group]
         return group
 
-    for clip in clips:
-        twin = first.setdefault(clip.sha256, clip)
-        if root(clip.group) != root(twin.group):
-            joined[root(clip.group)] = root(twin.group)
-            found.append(f"{clip.name} has the same bytes as {twin.name}; they are held out together")
-        if clip.label != twin.label:
-            found.append(f"{clip.name} ({clip.label}) has the same bytes as {twin.name} ({twin.label})")
+    for index, earlier, how in pairs:
+        clip, twin = clips[index], clips[earlier]
+        group, other = root(clip.group), root(twin.group)
+        if group != other:
+            joined[group] = other
+            told = "they are held out together"
+            if clip.fold != twin.fold:
+                told = f"each is left out of the training that is tested on the other (folds {clip.fold}, {twin.fold})"
+            found.append(f"{clip.name} {how} {twin.name}; {told}")
+        if clip.label != twin.label and how != "overlaps with":  # two things may be heard one after the other
+            found.append(f"{clip.name} ({clip.label}) {how} {twin.name} ({twin.label})")
     return tuple(msgspec.structs.replace(clip, group=root(clip.group)) for clip in clips), tuple(found)
 
 
-def _never_held_out(clips: Sequence[Clip]) -> tuple[str, ...]:
+def _never_held_out(clips: Iterable[Clip]) -> tuple[str, ...]:
     """Say which classes stand in one fold or group only: held out, nobody has ever heard them, and all are wrong."""
     places: dict[str, set[str]] = {}
     for clip in clips:
@@ -269,19 +219,3 @@ def _never_held_out(clips: Sequence[Clip]) -> tuple[str, ...]:
         for label, place in sorted(places.items())
         if len(place) == 1
     )
-
-
-def _official_splits(clips: Sequence[Clip]) -> list[tuple[Index, Index]]:
-    fold_of: dict[str, Clip] = {}
-    for clip in clips:
-        other = fold_of.setdefault(clip.group, clip)
-        if other.fold != clip.fold:
-            raise Fatal(
-                f"{other.name} is in fold {other.fold} and {clip.name} in fold {clip.fold}, but both are of group "
-                f"{clip.group!r}; clips of one group, or with the same bytes, must be in one fold"
-            )
-    folds = np.array([clip.fold for clip in clips])
-    values = np.unique(folds)
-    if len(values) < 2:
-        raise Fatal(f"all clips are in fold {values[0]}: nothing can be held out; number the folds, or drop the column")
-    return [(np.flatnonzero(folds != value), np.flatnonzero(folds == value)) for value in values]

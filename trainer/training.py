@@ -22,9 +22,10 @@ from scipy.io import wavfile
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from trainer import evaluation
-from trainer.dataset import Dataset, data_hash, splits
+from trainer.dataset import Dataset, data_hash
 from trainer.evaluation import Index
 from trainer.extract import Progress, Skipped, Windows, featurize
+from trainer.splits import splits
 from worker import bundle
 from worker.audio import UNLIMITED, from_container
 from worker.bundle import Manifest

@@ -11,13 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
-from hypothesis import strategies as st
 
-from trainer.dataset import Clip, Dataset, data_hash, load, splits
-from trainer.extract import Skipped, read_clip, too_many_skipped
-from worker.audio import Limits, waveform
-from worker.errors import BadRecord, Fatal
+from trainer.dataset import Clip, Dataset, data_hash, join_equal_sounds, load
+from worker.errors import Fatal
 
 RATE = 8000
 
@@ -181,7 +177,7 @@ class TestTask:
 class TestMistakes:
     def test_an_unknown_column_names_those_there_are(self, tmp_path: Path) -> None:
         """Somebody who mistyped --label sees the names to choose from."""
-        with pytest.raises(Fatal, match=r"manifest\.csv has no column 'lable' to learn; it has filename, label"):
+        with pytest.raises(Fatal, match=r"manifest\.csv has no column 'lable' to learn; --label may be label"):
             load(listed(tmp_path, ["a"]), label="lable")
 
     def test_a_manifest_needs_a_column_of_files(self, tmp_path: Path) -> None:
@@ -229,6 +225,125 @@ class TestMistakes:
             load(tmp_path / "a.wav")
 
 
+class TestTargets:
+    @pytest.mark.parametrize(("label", "expected"), [("rpm", ["1200.5", "900"]), ("load", ["0.25", "0.5"])])
+    def test_one_of_several_targets_is_learnt(self, tmp_path: Path, label: str, expected: list[str]) -> None:
+        """Each is a column, and one run learns one of them."""
+        write_sound(tmp_path / "a.wav", 1)
+        write_sound(tmp_path / "b.wav", 2)
+        rows = [
+            {"file": "a.wav", "rpm": "1200.5", "load": "0.25", "group": "x"},
+            {"file": "b.wav", "rpm": "900", "load": "0.5", "group": "y"},
+        ]
+        dataset = load(write_manifest(tmp_path / "meta.csv", rows), label=label)
+        assert (label, "regression", expected) == (dataset.label, dataset.task, [c.label for c in dataset.clips])
+
+    def test_what_may_be_learnt_is_listed(self, tmp_path: Path) -> None:
+        """The targets, and not the columns that mean something else."""
+        write_sound(tmp_path / "a.wav")
+        row = {"file": "a.wav", "start": "0", "end": "1", "fold": "1", "group": "x", "rpm": "1", "load": "2"}
+        manifest = write_manifest(tmp_path / "meta.csv", [row])
+        with pytest.raises(Fatal, match=r"no column 'label' to learn; --label may be rpm or load$"):
+            load(manifest)
+
+
+class TestBackground:
+    def test_background_classes_are_learnt_and_marked(self, tmp_path: Path) -> None:
+        """Folders of four names, however capitalised, are classes like the others and told apart from them."""
+        for number, label in enumerate(["Background", "noise", "SILENCE", "other", "cat", "noisette"]):
+            write_sound(tmp_path / label / "a.wav", number)
+        dataset = load(tmp_path)
+        assert ("Background", "SILENCE", "noise", "other") == dataset.background
+        assert 6 == len({clip.label for clip in dataset.clips})
+
+    def test_a_quantity_has_no_background(self, tmp_path: Path) -> None:
+        """Numbers are no names."""
+        assert () == load(listed(tmp_path, ["1.5", "2.5"])).background
+
+
+def segments(tmp_path: Path, spans: Sequence[tuple[str, str]], **columns: Sequence[str]) -> Dataset:
+    """Load segments of one file, "long.wav", with a label each, and more columns."""
+    write_sound(tmp_path / "long.wav")
+    rows = [
+        {"filename": "long.wav", "label": "xy"[n % 2], "start": start, "end": end}
+        | {name: cells[n] for name, cells in columns.items()}
+        for n, (start, end) in enumerate(spans)
+    ]
+    return load(write_manifest(tmp_path / "meta.csv", rows))
+
+
+class TestSegments:
+    def test_rows_are_segments_of_a_long_file(self, tmp_path: Path) -> None:
+        """Each with its span and a name of its own; an empty cell is the beginning or the end of the file."""
+        clips = segments(tmp_path, [("0.5", "2"), ("", "0.5"), ("2", ""), ("", "")]).clips
+        assert [(0.5, 2.0), (0.0, 0.5), (2.0, None), (0.0, None)] == [(clip.start, clip.end) for clip in clips]
+        assert ["long.wav@0.5-2", "long.wav@0-0.5", "long.wav@2-", "long.wav"] == [clip.name for clip in clips]
+        assert 1 == len({clip.sha256 for clip in clips})
+
+    def test_segments_of_a_file_are_one_group(self, tmp_path: Path) -> None:
+        """They were recorded together, and nothing needs to be said of that."""
+        dataset = segments(tmp_path, [("0", "1"), ("1", "2"), ("0.5", "1.5")])
+        assert ["long.wav"] * 3 == [clip.group for clip in dataset.clips]
+        assert not [warning for warning in dataset.warnings if "held out together" in warning]
+
+    def test_the_manifest_may_group_them_otherwise(self, tmp_path: Path) -> None:
+        """Who knows better says so, but what overlaps is the same sound, and stays together."""
+        dataset = segments(
+            tmp_path, [("0", "1"), ("1", "2"), ("5", "9"), ("8", "10"), ("6", "7")], group=["a", "b", "c", "d", "e"]
+        )
+        groups = [clip.group for clip in dataset.clips]
+        assert ["a", "b"] == groups[:2]
+        assert 1 == len(set(groups[2:]))
+        assert "long.wav@8-10 overlaps with long.wav@5-9; they are held out together" in dataset.warnings
+        assert "long.wav@6-7 overlaps with long.wav@5-9; they are held out together" in dataset.warnings
+
+    @pytest.mark.parametrize(
+        ("start", "end", "message"),
+        [
+            ("soon", "2", "row 2: start is 'soon'; expected seconds"),
+            ("-1", "2", "row 2: start is '-1'; expected seconds"),
+            ("0", "inf", "row 2: end is 'inf'; expected seconds"),
+            ("2", "2", "row 2: the segment ends at 2 s and starts at 2 s"),
+        ],
+    )
+    def test_a_span_that_is_none_is_named(self, tmp_path: Path, start: str, end: str, message: str) -> None:
+        """With its row and what was expected."""
+        with pytest.raises(Fatal, match=message):
+            segments(tmp_path, [(start, end)])
+
+    def test_segments_of_a_file_in_two_folds_are_refused(self, tmp_path: Path) -> None:
+        """The message names both, and their group."""
+        with pytest.raises(Fatal, match=r"long\.wav@0-1 is in fold 1 and long\.wav@1-2 in fold 2, but both are of"):
+            segments(tmp_path, [("0", "1"), ("1", "2")], fold=["1", "2"])
+
+
+class TestEqualSounds:
+    def test_they_are_held_out_together(self) -> None:
+        """Whatever their bytes: equal sounds are one group, and said to be."""
+        joined = join_equal_sounds(dataset_of([("x", "a"), ("y", "b"), ("x", "c")]), ["same", "other", "same"])
+        assert ["a", "b", "a"] == [clip.group for clip in joined.clips]
+        assert ("2.wav has the same sound as 0.wav; they are held out together",) == joined.warnings
+
+    def test_a_contradiction_is_reported(self) -> None:
+        """One of two labels must be wrong."""
+        joined = join_equal_sounds(dataset_of([("x", "a"), ("y", "a")]), ["same", "same"])
+        assert ("1.wav (y) has the same sound as 0.wav (x)",) == joined.warnings
+
+    def test_across_official_folds(self) -> None:
+        """The folds stay; the warning says what is done about it."""
+        joined = join_equal_sounds(dataset_of([("x", "a"), ("x", "b")], folds=["1", "2"]), ["same", "same"])
+        assert 1 == len({clip.group for clip in joined.clips})
+        (warning,) = joined.warnings
+        assert "left out of the training that is tested on the other (folds 2, 1)" in warning
+
+    def test_what_is_known_is_not_said_again(self, tmp_path: Path) -> None:
+        """Files with equal bytes were reported when they were found."""
+        write_sound(tmp_path / "cat" / "a.wav", 1)
+        write_sound(tmp_path / "dog" / "b.wav", 1)
+        dataset = load(tmp_path)
+        assert dataset == join_equal_sounds(dataset, ["same", "same"])
+
+
 class TestIdenticalFiles:
     def test_equal_bytes_are_one_group(self, tmp_path: Path) -> None:
         """A copy under another name is held out with its original, through any chain of groups, and reported."""
@@ -252,96 +367,16 @@ class TestIdenticalFiles:
         assert "dog/b.wav (dog) has the same bytes as cat/a.wav (cat)" == load(tmp_path).warnings[1]
 
 
-class TestSplits:
-    @given(
-        clips=st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdefg")), min_size=2, max_size=40),
-        n_splits=st.integers(2, 6),
-        seed=st.integers(0, 9),
-        task=st.sampled_from(["classification", "regression"]),
-    )
-    def test_no_group_is_on_both_sides(self, clips: list[tuple[str, str]], n_splits: int, seed: int, task: str) -> None:
-        """Whatever the groups: they are held out whole, every clip once, and the same way for a seed."""
-        dataset = msgspec.structs.replace(dataset_of(clips), task=task)
-        groups = np.array([group for _, group in clips])
-        most_common = max(Counter(label for label, _ in clips).values())
-        if len(set(groups)) < 2 or (task == "classification" and most_common < 2):
-            with pytest.raises(Fatal, match="nothing can be held out"):
-                splits(dataset, n_splits, seed)
-            return
-        pairs = splits(dataset, n_splits, seed)
-        assert 2 <= len(pairs) <= n_splits
-        assert list(range(len(clips))) == sorted(int(index) for _, test in pairs for index in test)
-        for train, test in pairs:
-            assert len(clips) == len(np.union1d(train, test))
-            assert set() == set(groups[train]) & set(groups[test])
-        again = splits(dataset, n_splits, seed)
-        assert [test.tolist() for _, test in pairs] == [test.tolist() for _, test in again]
-
-    def test_classes_are_spread_evenly(self) -> None:
-        """With enough groups each fold has its share of each class."""
-        dataset = dataset_of([(label, f"{label}{number}") for label in "xy" for number in range(10)])
-        for _, test in splits(dataset):
-            assert {"x": 2, "y": 2} == Counter(dataset.clips[index].label for index in test)
-
-    def test_official_folds_are_kept(self) -> None:
-        """One split for each fold, in their order; the seed has no say."""
-        clips = [("x", "a"), ("y", "b"), ("x", "c"), ("y", "d"), ("x", "a")]
-        pairs = splits(dataset_of(clips, folds=["2", "1", "3", "1", "2"]), n_splits=5, seed=7)
-        assert [[1, 3], [0, 4], [2]] == [test.tolist() for _, test in pairs]
-        assert [[0, 2, 4], [1, 2, 3], [0, 1, 3, 4]] == [train.tolist() for train, _ in pairs]
-
-    def test_a_group_in_two_folds_is_refused(self) -> None:
+class TestFolds:
+    def test_a_group_in_two_folds_is_refused(self, tmp_path: Path) -> None:
         """The message names both clips and their group."""
-        dataset = dataset_of([("x", "a"), ("y", "b"), ("x", "a")], folds=["1", "2", "2"])
+        rows = []
+        for number, (group, fold) in enumerate([("a", "1"), ("b", "2"), ("a", "2")]):
+            write_sound(tmp_path / f"{number}.wav", number)
+            rows.append({"filename": f"{number}.wav", "label": "cat", "group": group, "fold": fold})
+        manifest = write_manifest(tmp_path / "meta.csv", rows)
         with pytest.raises(Fatal, match=r"0\.wav is in fold 1 and 2\.wav in fold 2, but both are of group 'a'"):
-            splits(dataset)
-
-    def test_one_fold_holds_nothing_out(self) -> None:
-        """There is nothing to train on."""
-        with pytest.raises(Fatal, match="all clips are in fold 1"):
-            splits(dataset_of([("x", "a"), ("y", "b")], folds=["1", "1"]))
-
-
-class TestReading:
-    @pytest.mark.parametrize(
-        ("name", "rate", "channels"),
-        [("a.wav", 44100, 2), ("a.flac", 8000, 1), ("a.ogg", 48000, 1), ("a.aiff", 22050, 3), ("a.mp3", 16000, 1)],
-    )
-    def test_any_format_becomes_mono_at_the_asked_rate(
-        self, tmp_path: Path, name: str, rate: int, channels: int
-    ) -> None:
-        """A quarter of a second stays one, whatever it was recorded as."""
-        samples = read_clip(write_sound(tmp_path / name, rate=rate, channels=channels, seconds=0.25), 16_000)
-        assert ("float32", 1) == (samples.dtype.name, samples.ndim)
-        assert pytest.approx(4000, abs=1) == samples.size
-        assert 0.02 < np.sqrt(np.mean(samples**2)) < 0.5
-
-    def test_what_is_trained_is_what_is_served(self, tmp_path: Path) -> None:
-        """The same bits come out of a file here and out of a record in the worker."""
-        path = write_sound(tmp_path / "a.wav", rate=44_100, channels=2, seconds=0.3)
-        served = waveform(path.read_bytes(), "audio/wav", 16_000, Limits())
-        assert np.array_equal(served.samples, read_clip(path, 16_000))
-
-    def test_unusable_files_are_bad_records(self, tmp_path: Path) -> None:
-        """Damaged, empty, non-finite and vanished files each have their reason."""
-        damaged = tmp_path / "damaged.flac"
-        damaged.write_bytes(b"fLaC, but not really")
-        empty = write_sound(tmp_path / "empty.wav", seconds=0)
-        infinite = tmp_path / "infinite.wav"
-        soundfile.write(infinite, np.array([0.0, np.inf]), RATE, subtype="FLOAT")
-        reasons = []
-        for path in (damaged, empty, infinite, tmp_path / "gone.wav"):
-            with pytest.raises(BadRecord) as caught:
-                read_clip(path, RATE)
-            reasons.append(caught.value.reason)
-        assert ["undecodable", "empty", "non-finite", "undecodable"] == reasons
-
-    def test_a_few_bad_clips_are_borne(self) -> None:
-        """Up to a tenth may be skipped; more is a mistake in the data set, told with examples."""
-        skipped = [Skipped(Path(f"{number}.wav"), "cut off") for number in range(11)]
-        too_many_skipped(skipped[:10], 100)
-        with pytest.raises(Fatal, match=r"11 of 100 clips are unusable, more than 10%.*0\.wav: cut off; 1\.wav"):
-            too_many_skipped(skipped, 100)
+            load(manifest)
 
 
 class TestHash:
@@ -365,24 +400,17 @@ class TestHash:
 
 class TestRealRecordings:
     def test_esc10(self, esc10: Path) -> None:
-        """All 400 clips are found, and the official folds split them without a leak."""
+        """All 400 clips are found, and nothing is wrong with them."""
         dataset = load(esc10)
-        assert ("classification", 400, ()) == (dataset.task, len(dataset.clips), dataset.warnings)
+        assert ("classification", 400, (), ()) == (
+            dataset.task,
+            len(dataset.clips),
+            dataset.warnings,
+            dataset.background,
+        )
         assert {40} == set(Counter(clip.label for clip in dataset.clips).values())
-        groups = np.array([clip.group for clip in dataset.clips])
-        pairs = splits(dataset)
-        assert [80] * 5 == [len(test) for _, test in pairs]
-        for train, test in pairs:
-            assert set() == set(groups[train]) & set(groups[test])
-        assert pytest.approx(5 * 16_000, rel=0.001) == read_clip(dataset.clips[0].path, 16_000).size
 
     def test_notes(self, notes: Path) -> None:
-        """The pitch is recognised as a quantity, and whole instrument libraries are held out."""
+        """The pitch is recognised as a quantity."""
         dataset = load(notes, label="midi_pitch")
         assert ("regression", "midi_pitch", 313) == (dataset.task, dataset.label, len(dataset.clips))
-        groups = np.array([clip.group for clip in dataset.clips])
-        pairs = splits(dataset)
-        assert 5 == len(pairs)
-        for train, test in pairs:
-            assert set() == set(groups[train]) & set(groups[test])
-        assert 24_000 == read_clip(dataset.clips[0].path, 16_000).size

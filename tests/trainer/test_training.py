@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier
 
 from tests.system.processes import run
-from trainer.dataset import Dataset, data_hash, load, splits
+from trainer.dataset import Dataset, data_hash, load
 from trainer.evaluation import classification_metrics, held_out_scores, reference_profile
 from trainer.extract import featurize
+from trainer.splits import splits
 from trainer.training import GOLDEN_CLIPS, Fitted, fit
 from worker import bundle
 from worker.audio import UNLIMITED, from_container, waveform
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
+from worker.statistics import FrameStatistics
 
 RATE = 16_000
-SPEC = FeatureSpec(window_seconds=0.25, window_hop_seconds=0.25, families=("mfcc", "rms"))
+SPEC = FeatureSpec(
+    window_seconds=0.25, window_hop_seconds=0.25, sets=(FrameStatistics(name="few", families=("mfcc", "rms")),)
+)
 """Few features of short windows: these tests are about what is done with them."""
 
 
