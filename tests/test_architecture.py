@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "messages", "audio", "frames", "features", "forest", "profile", "drift", "states", "bundle"),
+    *("errors", "messages", "audio", "windows", "frames", "statistics", "features", "forest"),
+    *("profile", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
     *("config", "security", "broker", "watchdog", "kafka_cluster", "broker_kafka", "broker_sqlite"),
     *("telemetry", "health"),

@@ -36,7 +36,7 @@ from worker.forest import Forest
 from worker.messages import ModelId
 from worker.profile import ReferenceProfile, Vector, signal_names
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
 FEATURIZER: Final = "featurizer.joblib"
 FOREST: Final = "forest.joblib"

@@ -1,65 +1,94 @@
 """The only featurizer: windows of sound in, one row of numbers each out.
 
-This module owns what a window is, how it is cut, and how its frames become one row. The trainer
-pickles a `Featurizer` with its forest and the worker uses that object, so there is no second
-implementation to disagree with. It must not know about models, messages or labels, or how a
-frame's numbers are computed.
-
-A window is a waveform of its own (see `worker.frames`), and no operation spans two windows, so
-the bits of a row depend neither on the batch it is in nor on a number of threads.
+This module owns what a window is, how it is cut and levelled, and which feature sets there are.
+The trainer pickles a `Featurizer` with its forest and the worker uses that object, so there is no
+second implementation to disagree with. It must not know about models, messages or labels, or how
+a set computes its features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 
-from worker.frames import Array, Family, Floats, Frames, FrameSpec, Tables, Waveform, as_float32
+from worker.statistics import FrameStatistics
+from worker.windows import Column, Floats, Waveform, Window, as_float32
 
-Statistic = Literal["mean", "std", "min", "p10", "median", "p90", "max"]
-"""How the frames of a window become one number; "std" is the population's, percentiles interpolate."""
+ARTICLE: Final = FrameStatistics(
+    name="article", n_fft=2048, win_length=2048, n_mels=128, families=("mfcc",), statistics=("mean", "std")
+)
+"""A notebook's features: librosa's melspectrogram, power_to_db and mfcc by their defaults, 20 MFCCs
+(40 features)."""
 
-QUANTILES: Final[dict[str, float]] = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+COMPACT: Final = FrameStatistics(
+    name="compact",
+    families=(
+        *("mfcc", "delta", "delta2"),
+        *("centroid", "bandwidth", "rolloff", "flatness", "contrast", "zcr", "rms"),
+    ),
+)
+"""146 features, from which a forest of 100 trees names 87 % of ESC-10's clips (its five folds, the
+windows' probabilities averaged). More statistics did not name more, and without the spectral
+contrast it is 84 %."""
+
+NAMED: Final = {feature_set.name: feature_set for feature_set in (ARTICLE, COMPACT)}
+"""The sets that have a name; a user's own come from a file."""
+
+# A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
+LIMIT: Final = float(2**20)
+
+LEVEL_GAIN: Final = "level.gain"
+"""What the signal of `Featurizer.gains` is called."""
+
+QUIETEST_DBFS: Final = -100.0
+"""What is more quiet is taken to be this loud: digital silence stays silent, and its gain finite.
+The noise of 16-bit quantisation is at -101 dBFS."""
 
 
-class FeatureSpec(FrameSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides a feature's value; equal specs give equal bits.
 
-    To what decides a frame's numbers it adds the windows, their length and the distance between
-    their starts in seconds, and what is computed in them.
-
-    The defaults are 146 features, from which a forest of 100 trees names 87 % of ESC-10's clips
-    (its five folds, the windows' probabilities averaged). More statistics did not name more, and
-    without the spectral contrast it is 84 %.
+    Sound at ``sample_rate`` (Hz) is cut into windows, their length and the distance between their
+    starts in seconds. With ``level_dbfs`` each window is scaled to that RMS level (dB relative to
+    full scale), so that the features do not depend on how loud it was. Then the sets are computed.
 
     Raises:
         ValueError: a setting makes no sense, or does not agree with another one.
     """
 
+    sample_rate: int = 16000
     window_seconds: float = 1.0
     window_hop_seconds: float = 0.5
-    families: tuple[Family, ...] = get_args(Family)[1:]  # without "mel", which the MFCCs carry already
-    statistics: tuple[Statistic, ...] = ("mean", "std")
+    level_dbfs: float | None = None
+    sets: tuple[FrameStatistics, ...] = (COMPACT,)
 
-    def _checks(self) -> tuple[tuple[str, bool, str], ...]:
-        seconds = self.window_seconds
-        return (
-            *super()._checks(),
-            (
-                "window_seconds",
-                self.n_fft <= seconds * self.sample_rate < np.inf,
-                f"at least n_fft / sample_rate, which is {self.n_fft / max(self.sample_rate, 1):g}",
-            ),
+    def __post_init__(self) -> None:
+        seconds, names = self.window_seconds, [each.name for each in self.sets]
+        for setting, holds, expected in (
+            ("sample_rate", self.sample_rate >= 1, "at least 1 Hz"),
+            ("window_seconds", 1 <= seconds * self.sample_rate < np.inf, "at least one sample"),
             (
                 "window_hop_seconds",
                 self.window_hop_seconds * self.sample_rate >= 1 and self.window_hop_seconds <= seconds,
                 f"one sample to window_seconds, which is {seconds}: a longer hop leaves samples unheard in between",
             ),
-            ("families", _are_names(self.families, Family), f"each once, one or more of {get_args(Family)}"),
-            ("statistics", _are_names(self.statistics, Statistic), f"each once, one or more of {get_args(Statistic)}"),
-        )
+            (
+                "level_dbfs",
+                self.level_dbfs is None or QUIETEST_DBFS < self.level_dbfs <= 0,
+                f"more than {QUIETEST_DBFS:g} dB up to 0 dB, full scale, or none for no levelling",
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"{setting} is {getattr(self, setting)!r}; expected {expected}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"sets are {'+'.join(names) or 'none'}; expected one or more, each once")
+        for each in self.sets:
+            try:
+                each.check(self.sample_rate, self.window_samples)
+            except ValueError as error:
+                raise ValueError(f"feature set {each.name!r}: {error}") from None
 
     @property
     def window_samples(self) -> int:
@@ -72,33 +101,59 @@ class FeatureSpec(FrameSpec, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return round(self.window_hop_seconds * self.sample_rate)
 
 
+def feature_spec(names: str = COMPACT.name, **settings: Any) -> FeatureSpec:
+    """Return the spec for the sets of these names, joined by "+", and the settings of `FeatureSpec`.
+
+    Raises:
+        ValueError: there is no set of a name, or a setting makes no sense.
+    """
+    unknown = [name for name in names.split("+") if name not in NAMED]
+    if unknown:
+        raise ValueError(f"there is no feature set {unknown[0]!r}; expected {', '.join(NAMED)}, or several joined by +")
+    return FeatureSpec(sets=tuple(NAMED[name] for name in names.split("+")), **settings)
+
+
+def read_spec(text: str) -> FeatureSpec:
+    """Return the spec that a user has written, in JSON if it begins with "{", else in TOML.
+
+    Raises:
+        ValueError: it is neither, or a setting is unknown, missing or makes no sense.
+    """
+    decode = msgspec.json.decode if text.lstrip().startswith("{") else msgspec.toml.decode
+    return decode(text, type=FeatureSpec)
+
+
 class Featurizer:
     """Turns sound into features as a `FeatureSpec` says; safe to share between threads.
 
-    ``feature_names`` are "family.band.statistic", or "family.statistic" for a family of one band,
-    in the order of the columns of `transform`.
+    ``columns`` say what each column of `transform` is, and ``feature_names`` what it is called. A
+    name that a set has in common with an earlier one is preceded by the set's.
 
     Sound is float32 with full scale at 1.0, or int16, which is scaled by 1/32768 as a decoder
     would: wherever it enters, and nowhere else. Samples beyond 120 dB over full scale are clipped
     to that, so that finite sound has finite features.
 
     Raises:
-        ValueError: the mel filters or the contrast bands are finer than the resolution of n_fft;
-            in a method, sound has another shape than described there, or not one sample.
+        ValueError: a set cannot be computed at this rate; in a method, sound has another shape than
+            described there, or not one sample.
         TypeError: sound is neither float32 nor int16.
     """
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
-        self._tables = Tables.of(spec, spec.families)
-        cepstral = dict.fromkeys(("mfcc", "delta", "delta2"), spec.n_mfcc)
-        bands = {"mel": spec.n_mels, **cepstral, "contrast": len(self._tables.contrast)}
-        rows = [
-            f"{family}.{band}" if family in bands else family
-            for family in spec.families
-            for band in range(bands.get(family, 1))
-        ]
-        self.feature_names: tuple[str, ...] = tuple(f"{row}.{name}" for row in rows for name in spec.statistics)
+        self._extractors = []
+        names: dict[str, Column] = {}
+        for each in spec.sets:
+            try:
+                extractor = each.extractor(spec.sample_rate, spec.window_samples)
+            except ValueError as error:
+                raise ValueError(f"feature set {each.name!r}: {error}") from None
+            self._extractors.append(extractor)
+            names |= {
+                f"{each.name}.{column}" if str(column) in names else str(column): column for column in extractor.columns
+            }
+        self.feature_names: tuple[str, ...] = tuple(names)
+        self.columns: tuple[Column, ...] = tuple(names.values())
 
     def __reduce__(self) -> tuple[type[Featurizer], tuple[FeatureSpec]]:
         """Pickle the spec only: the tables are its consequence."""
@@ -125,43 +180,40 @@ class Featurizer:
 
     def transform(self, windows: Waveform) -> Floats:
         """Compute the features of windows, shape (n, window_samples): a matrix (n, features)."""
+        self._expect_windows(windows)
+        features = np.empty((len(windows), len(self.feature_names)), dtype=np.float32)
+        for row, window in zip(features, windows, strict=True):
+            samples = _audible(window)
+            if self.spec.level_dbfs is not None:
+                samples *= np.float32(_factor(samples, self.spec.level_dbfs))
+            prepared = Window(samples)
+            row[:] = np.concatenate([extractor(prepared) for extractor in self._extractors])
+        return features
+
+    def gains(self, windows: Waveform) -> Floats:
+        """Return by how many dB `transform` amplifies each of the windows, shape (n,).
+
+        It is no feature, since a forest that sees it can undo the levelling; but it is to be
+        watched, or a drift of the level would go unseen. Without ``level_dbfs`` it is 0 dB.
+        """
+        self._expect_windows(windows)
+        level = self.spec.level_dbfs
+        factors = [1.0 if level is None else _factor(_audible(window), level) for window in windows]
+        return 20 * np.log10(np.array(factors, dtype=np.float32))
+
+    def _expect_windows(self, windows: Waveform) -> None:
         if windows.ndim != 2 or windows.shape[1] != self.spec.window_samples:
             raise ValueError(
                 f"windows have shape {windows.shape}; expected (n, {self.spec.window_samples}), as windows() cuts them"
             )
-        features = np.empty((len(windows), len(self.feature_names)), dtype=np.float32)
-        for row, window in zip(features, windows, strict=True):
-            frames = Frames(window, self.spec, self._tables)
-            rows = np.concatenate([frames[family] for family in self.spec.families])
-            row[:] = _summarize(rows, self.spec.statistics).ravel()
-        return features
-
-    def frames(self, waveform: Waveform) -> dict[str, Floats]:
-        """Compute what `transform` summarizes, for a waveform of any length: arrays (bands, frames).
-
-        Beside the spec's families there are "stft" (magnitude), "mel_power" and "mel". Without
-        ``center``, a waveform shorter than n_fft is filled up with zeros at its end.
-        """
-        frames = Frames(waveform, self.spec, self._tables)
-        return {name: frames[name] for name in ("stft", "mel_power", "mel", *self.spec.families)}
 
 
-def _summarize(rows: Floats, statistics: Iterable[Statistic]) -> Array:
-    """Return the statistics of each row over its frames, shape (rows, statistics)."""
-    mean: Array = np.mean(rows, axis=-1, dtype=np.float64)
-    ordered = np.sort(rows, axis=-1)
-    columns = []
-    for statistic in statistics:
-        if statistic == "mean":
-            columns.append(mean)
-        elif statistic == "std":
-            columns.append(np.sqrt(np.mean(np.square(rows - mean[:, np.newaxis]), axis=-1)))
-        else:
-            between, low = np.modf(QUANTILES[statistic] * (rows.shape[-1] - 1))
-            below, above = ordered[:, int(low)], ordered[:, int(np.ceil(low + between))]
-            columns.append(below + between * (above - below))
-    return np.stack(columns, axis=-1)
+def _audible(window: Waveform) -> Floats:
+    """Return a copy of a window, clipped to `LIMIT`."""
+    return np.clip(as_float32(window), -LIMIT, LIMIT)
 
 
-def _are_names(names: tuple[str, ...], known: Any) -> bool:
-    return len(names) > 0 and len(set(names)) == len(names) and set(names) <= set(get_args(known))
+def _factor(samples: Floats, level_dbfs: float) -> float:
+    """Return what brings samples to an RMS level when they are multiplied by it."""
+    rms = np.sqrt(np.mean(np.square(samples, dtype=np.float64)))
+    return float(10 ** (level_dbfs / 20) / max(rms, 10 ** (QUIETEST_DBFS / 20)))

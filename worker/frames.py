@@ -1,7 +1,7 @@
 """One waveform's frames: from samples to the numbers that describe each frame.
 
-This module owns the short-time Fourier transform and every descriptor that follows from it. It
-must not know how sound is cut into windows, or how the frames of a window become features.
+This module owns every descriptor that follows from the short-time Fourier transform. It must not
+know how sound is cut into windows, or how the frames of a window become features.
 
 The numbers are librosa 0.11's (McFee et al. 2015), waveform by waveform: frames are weighted and
 transformed in float64 and rounded to complex64, everything after that is float32, and the clamp
@@ -15,26 +15,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Final, Literal, NamedTuple
 
 import librosa.filters
-import msgspec
 import numpy as np
-import numpy.typing as npt
 import scipy.fft
 import scipy.ndimage
-import scipy.signal
 import scipy.sparse
+
+from worker.windows import Array, FeatureSet, Floats, Stft, Window
 
 Family = Literal[
     "mel", "mfcc", "delta", "delta2", "centroid", "bandwidth", "rolloff", "flatness", "contrast", "zcr", "rms"
 ]
 """What is computed for every frame: "mel" is the log-mel spectrum in dB, "delta" and "delta2" are
 the MFCCs' slope and curvature, the rest carry librosa's names."""
-
-Array = Any  # numpy's stubs lose an array's type in arithmetic
-Floats = npt.NDArray[np.float32]
-Waveform = npt.NDArray[np.float32] | npt.NDArray[np.int16]
 
 AMIN: Final = 1e-10  # librosa's floor under a power before its logarithm
 ROLLOFF: Final = 0.85  # librosa's share of the magnitude below the roll-off frequency
@@ -51,26 +46,17 @@ _STEPS = np.arange(-4, 5)
 SLOPE: Final = _STEPS / 60
 CURVATURE: Final = (3 * _STEPS**2 - 20) / 462
 
-# A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
-LIMIT: Final = float(2**20)
 
+class FrameSpec(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that, with a sample rate, decides what a frame's numbers are.
 
-class FrameSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides what a frame's numbers are.
-
-    Lengths are in samples at ``sample_rate`` (Hz); ``fmin`` and ``fmax`` are in Hz, and ``fmax``
-    None means Nyquist; ``top_db`` None means no clamp. ``center`` puts frame t around sample
-    t * hop_length, with zeros beyond both ends; otherwise it starts there.
-
-    Raises:
-        ValueError: a setting makes no sense, or does not agree with another one.
+    Lengths are in samples; ``fmin`` and ``fmax`` are in Hz, and ``fmax`` None means Nyquist;
+    ``top_db`` None means no clamp. For ``center`` see `worker.windows.Stft`.
     """
 
-    sample_rate: int = 16000
     n_fft: int = 1024
     hop_length: int = 512
     win_length: int = 1024
-    window: Literal["hann"] = "hann"
     center: bool = True
     n_mels: int = 40
     fmin: float = 0.0
@@ -78,25 +64,27 @@ class FrameSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     n_mfcc: int = 20
     top_db: float | None = 80.0
 
-    def __post_init__(self) -> None:
-        for setting, holds, expected in self._checks():
-            if not holds:
-                raise ValueError(f"{setting} is {getattr(self, setting)!r}; expected {expected}")
+    @property
+    def stft(self) -> Stft:
+        """The settings of the transform: sets that have them equal share it."""
+        return Stft(self.n_fft, self.hop_length, self.win_length, self.center)
 
-    def _checks(self) -> tuple[tuple[str, bool, str], ...]:
+    def checks(self, sample_rate: int, window_samples: int) -> tuple[tuple[str, bool, str], ...]:
         """Return settings, whether they hold, and what was expected; a subclass adds its own."""
-        nyquist = self.sample_rate / 2
+        nyquist = sample_rate / 2
         top = nyquist if self.fmax is None else self.fmax
         return (
-            ("sample_rate", self.sample_rate >= 1, "at least 1 Hz"),
-            ("n_fft", self.n_fft >= 2, "at least 2 samples"),
+            (
+                "n_fft",
+                2 <= self.n_fft <= window_samples,
+                f"2 to {window_samples}, the samples of a window; give longer windows or a smaller n_fft",
+            ),
             ("win_length", 1 <= self.win_length <= self.n_fft, f"1 to n_fft, which is {self.n_fft}"),
             (
                 "hop_length",
                 1 <= self.hop_length <= self.win_length,
                 f"1 to win_length, which is {self.win_length}: a longer hop leaves samples unheard in between",
             ),
-            ("window", self.window == "hann", "'hann'"),
             ("fmax", 0 < top <= nyquist, f"at most half of sample_rate, which is {nyquist:g} Hz, or none for that"),
             ("fmin", 0 <= self.fmin < top, f"0 to less than fmax, which is {top:g} Hz"),
             ("n_mels", self.n_mels >= 1, "at least 1"),
@@ -108,52 +96,39 @@ class FrameSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Tables(NamedTuple):
     """What a spec fixes and librosa would compute on every call."""
 
-    window: Array  # (n_fft,)
     mel: Array  # CSR (n_mels, bins): at most two filters overlap, so 2 % of a dense product's work
     frequencies: Array  # (bins, 1), Hz
     contrast: tuple[tuple[slice, int], ...]  # the bins of each band, and how many make its peak
 
     @classmethod
-    def of(cls, spec: FrameSpec, families: Collection[Family]) -> Tables:
-        """Compute the tables for a spec and the families that will be asked for.
+    def of(cls, spec: FrameSpec, sample_rate: int, families: Collection[Family]) -> Tables:
+        """Compute the tables for a spec at a rate, and the families that will be asked for.
 
         Raises:
             ValueError: the mel filters, or the contrast bands if they are among ``families``, are
                 finer than the resolution of n_fft.
         """
-        left = (spec.n_fft - spec.win_length) // 2
-        window = np.zeros(spec.n_fft)
-        window[left : left + spec.win_length] = scipy.signal.get_window(spec.window, spec.win_length, fftbins=True)
-        frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
-        mel, bands = _mel_filters(spec), _contrast_bands(spec, frequencies)
+        frequencies = np.fft.rfftfreq(spec.n_fft, 1 / sample_rate)
+        mel, bands = _mel_filters(spec, sample_rate), _contrast_bands(sample_rate, frequencies)
         if "contrast" in families and any(bins.start >= bins.stop for bins, _ in bands):
             raise ValueError(
                 f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more"
             )
-        return cls(window, mel, frequencies[:, np.newaxis], bands)
+        return cls(mel, frequencies[:, np.newaxis], bands)
 
 
 class Frames:
-    """The frames of one waveform; each array is computed when it is first asked for.
+    """The frames of one window; each array is computed when it is first asked for.
 
     ``frames[name]`` is the array of that name as float32 of shape (bands, frames), whether it has
     one band or many. The attributes are what it is made from, which may be float64 still.
     Bins run from 0 Hz to Nyquist.
-
-    Raises:
-        ValueError: the waveform has another shape than (samples,), or not one sample.
-        TypeError: it is neither float32 nor int16.
     """
 
-    def __init__(self, waveform: Waveform, spec: FrameSpec, tables: Tables) -> None:
+    def __init__(self, window: Window, spec: FrameSpec, tables: Tables) -> None:
+        self._window = window
         self._spec = spec
         self._tables = tables
-        samples = as_float32(waveform)
-        self._margin = spec.n_fft // 2 if spec.center else 0
-        padded = np.zeros(max(samples.size + 2 * self._margin, spec.n_fft), dtype=np.float32)
-        self._samples = padded[self._margin : self._margin + samples.size]
-        np.clip(samples, -LIMIT, LIMIT, out=self._samples)
-        self._framed = np.lib.stride_tricks.sliding_window_view(padded, spec.n_fft)[:: spec.hop_length]
 
     def __getitem__(self, name: str) -> Floats:
         rows: Floats = np.atleast_2d(getattr(self, name)).astype(np.float32, copy=False)
@@ -162,8 +137,7 @@ class Frames:
     @cached_property
     def stft(self) -> Array:
         """Magnitude of the short-time Fourier transform, (bins, frames)."""
-        spectrum = scipy.fft.rfft(self._framed * self._tables.window, axis=-1)
-        return np.abs(spectrum.T.astype(np.complex64, order="C"))
+        return self._window.magnitude(self._spec.stft)
 
     @cached_property
     def power(self) -> Array:
@@ -237,33 +211,17 @@ class Frames:
     def zcr(self) -> Array:
         """Share of neighbouring samples between which the sign changes, (frames,)."""
         # Padding repeats the outer samples, so no frame crosses zero beyond them.
-        negative = self._samples < -ZERO
+        negative = self._window.samples < -ZERO
         crossings = np.zeros(negative.size, dtype=np.int64)
         np.cumsum(negative[1:] != negative[:-1], out=crossings[1:])
-        first = np.arange(len(self._framed)) * self._spec.hop_length - self._margin
+        first = np.arange(self.stft.shape[1]) * self._spec.hop_length - self._spec.stft.margin
         edges = np.clip([first, first + self._spec.n_fft - 1], 0, negative.size - 1)
         return (crossings[edges[1]] - crossings[edges[0]]) / self._spec.n_fft
 
     @cached_property
     def rms(self) -> Array:
         """Root mean square of the samples, before any weighting, (frames,)."""
-        return np.sqrt(np.mean(np.square(self._framed), axis=-1))
-
-
-def as_float32(waveform: Waveform) -> Floats:
-    """Return a waveform, shape (samples,), as float32 with full scale at 1.0; int16 is scaled by 1/32768.
-
-    Raises:
-        ValueError: it has another shape, or not one sample.
-        TypeError: it is neither float32 nor int16.
-    """
-    if waveform.ndim != 1 or waveform.size == 0:
-        raise ValueError(f"a waveform has shape {waveform.shape}; expected (samples,) with at least one sample")
-    if waveform.dtype == np.float32:
-        return cast("Floats", waveform)
-    if waveform.dtype == np.int16:
-        return np.multiply(waveform, np.float32(1 / 32768), dtype=np.float32)
-    raise TypeError(f"a waveform is {waveform.dtype}; expected float32 with full scale at 1.0, or int16")
+        return np.sqrt(np.mean(np.square(self._window.framed(self._spec.stft)), axis=-1))
 
 
 def _to_db(power: Array, top_db: float | None) -> Array:
@@ -285,10 +243,10 @@ def _savgol(rows: Floats, kernel: Array) -> Floats:
     return derivative
 
 
-def _mel_filters(spec: FrameSpec) -> Array:
+def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:
     with warnings.catch_warnings(record=True):  # librosa warns of what is an error here
         filters = librosa.filters.mel(
-            sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax
+            sr=sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax
         )
     empty = np.count_nonzero(filters.max(axis=-1) == 0)
     if empty:
@@ -299,10 +257,10 @@ def _mel_filters(spec: FrameSpec) -> Array:
     return scipy.sparse.csr_array(filters)
 
 
-def _contrast_bands(spec: FrameSpec, frequencies: Array) -> tuple[tuple[slice, int], ...]:
+def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, int], ...]:
     """Return librosa's sub-bands: below 200 Hz, octaves above, the last one up to Nyquist."""
     octaves = CONTRAST_FMIN * 2.0 ** np.arange(CONTRAST_BANDS)
-    edges = np.array([0.0, *octaves[octaves < spec.sample_rate / 2]])
+    edges = np.array([0.0, *octaves[octaves < sample_rate / 2]])
     starts = np.searchsorted(frequencies, edges)
     stops = np.append(np.searchsorted(frequencies, edges[1:], side="right"), len(frequencies))
     starts[1:] -= 1  # a band reaches one bin down into its neighbour …

@@ -105,11 +105,11 @@ def test_a_forest_of_another_scikit_learn_is_refused_before_it_is_unpickled(copy
 def test_a_bundle_of_a_later_format_is_refused(copy: Path) -> None:
     """The format is looked at before anything else of the manifest."""
     rewrite_manifest(copy, format=99, unheard_of=True)
-    with pytest.raises(BadModel, match="has bundle format 99; this Earshot reads format 1"):
+    with pytest.raises(BadModel, match="has bundle format 99; this Earshot reads format 2"):
         bundle.load(copy)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"[]", b"{", b"\xff", b'{"format": 1}'])
+@pytest.mark.parametrize("garbage", [b"", b"[]", b"{", b"\xff", b'{"format": 2}'])
 def test_a_manifest_that_is_none_is_refused(copy: Path, garbage: bytes) -> None:
     """Whatever stands there, it is a BadModel that names the bundle."""
     (copy / bundle.MANIFEST).write_bytes(garbage)

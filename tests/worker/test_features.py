@@ -19,8 +19,10 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.features import FeatureSpec, Featurizer, Statistic
-from worker.frames import LIMIT, Family
+from worker.features import ARTICLE, COMPACT, LIMIT, FeatureSpec, Featurizer, feature_spec, read_spec
+from worker.frames import Family, Frames, Tables
+from worker.statistics import FrameStatistics, Statistic
+from worker.windows import Window
 
 Array = npt.NDArray[Any]
 
@@ -28,13 +30,13 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 RATE = 16000
 
-SPECS = {
-    "defaults": FeatureSpec(),
-    "centred": FeatureSpec(
-        sample_rate=RATE, n_fft=2048, win_length=2048, hop_length=512, families=FAMILIES, statistics=STATISTICS
+SETS = {
+    "defaults": COMPACT,
+    "centred": FrameStatistics(
+        name="centred", n_fft=2048, win_length=2048, hop_length=512, families=FAMILIES, statistics=STATISTICS
     ),
-    "uncentred": FeatureSpec(
-        sample_rate=8000,
+    "uncentred": FrameStatistics(
+        name="uncentred",
         n_fft=1024,
         hop_length=160,
         win_length=401,
@@ -47,6 +49,8 @@ SPECS = {
         families=FAMILIES,
     ),
 }
+RATES = {"defaults": RATE, "centred": RATE, "uncentred": 8000}
+SPECS = {name: FeatureSpec(sample_rate=RATES[name], sets=(SETS[name],)) for name in SETS}
 FEATURIZERS = {name: Featurizer(spec) for name, spec in SPECS.items()}
 
 # Absolute and relative tolerance of each array: a few roundings of float32, whose eps is 1.2e-7.
@@ -67,9 +71,9 @@ TOLERANCES: dict[str, tuple[float, float]] = {
 }
 
 
-def reference(y: Array, spec: FeatureSpec) -> dict[str, Array]:
+def reference(y: Array, spec: FrameStatistics, rate: int = RATE) -> dict[str, Array]:
     """Ask librosa for the same arrays, as its users would."""
-    feature, rate = librosa.feature, spec.sample_rate
+    feature = librosa.feature
     frames: dict[str, Any] = {"n_fft": spec.n_fft, "hop_length": spec.hop_length, "center": spec.center}
     frames["win_length"] = spec.win_length
     framing: dict[str, Any] = {"frame_length": spec.n_fft, "hop_length": spec.hop_length, "center": spec.center}
@@ -96,10 +100,14 @@ def reference(y: Array, spec: FeatureSpec) -> dict[str, Array]:
         }
 
 
-def assert_like_librosa(y: Array, featurizer: Featurizer) -> None:
-    frames = featurizer.frames(y)
-    expected = reference(y, featurizer.spec)
-    assert {"stft", "mel_power", "mel", *featurizer.spec.families} == set(frames)
+def frames_of(y: Array, spec: FrameStatistics, rate: int = RATE) -> dict[str, Array]:
+    frames = Frames(Window(y), spec, Tables.of(spec, rate, spec.families))
+    return {name: frames[name] for name in ("stft", "mel_power", "mel", *spec.families)}
+
+
+def assert_like_librosa(y: Array, spec: FrameStatistics, rate: int = RATE) -> None:
+    frames = frames_of(y, spec, rate)
+    expected = reference(y, spec, rate)
     for name in frames:
         absolute, relative = TOLERANCES[name]
         assert expected[name].shape == frames[name].shape, name
@@ -159,38 +167,37 @@ SHORT = {f"{count} samples": noise(count, 0.3) for count in (1, 2, 3, 511, 512, 
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_every_array_is_librosas(signal: str, spec: str) -> None:
     """Each array equals librosa's, called for that waveform alone."""
-    assert_like_librosa(SIGNALS[signal], FEATURIZERS[spec])
+    assert_like_librosa(SIGNALS[signal], SETS[spec], RATES[spec])
 
 
 @pytest.mark.parametrize("spec", ["centred", "defaults"])
 @pytest.mark.parametrize("signal", SHORT)
 def test_waveforms_shorter_than_a_frame_are_librosas(signal: str, spec: str) -> None:
     """A centred waveform may be shorter than n_fft, down to one sample."""
-    assert_like_librosa(SHORT[signal], FEATURIZERS[spec])
+    assert_like_librosa(SHORT[signal], SETS[spec], RATES[spec])
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_recordings_are_librosas(esc10: Path, notes: Path, spec: str) -> None:
     """Real clips of environmental sounds and of music agree with librosa as well."""
-    rate = SPECS[spec].sample_rate
+    rate = RATES[spec]
     for clip in [*clips(esc10, 12, rate), *clips(notes, 8, rate)]:
-        assert_like_librosa(clip, FEATURIZERS[spec])
+        assert_like_librosa(clip, SETS[spec], rate)
 
 
 def test_other_resolutions_are_librosas() -> None:
     """An odd n_fft and a rate above librosa's own default change nothing."""
-    spec = FeatureSpec(sample_rate=48000, n_fft=1201, win_length=1000, hop_length=300, families=FAMILIES)
-    assert_like_librosa(noise(20001), Featurizer(spec))
+    spec = FrameStatistics(name="odd", n_fft=1201, win_length=1000, hop_length=300, families=FAMILIES)
+    assert_like_librosa(noise(20001), spec, 48000)
 
 
 @pytest.mark.parametrize("samples", [1, 3, 1000, 1024])
 def test_uncentred_waveforms_are_filled_up_to_one_frame(samples: int) -> None:
     """Without centring, where librosa refuses a waveform shorter than n_fft, zeros follow it."""
-    featurizer = FEATURIZERS["uncentred"]
     short = np.abs(noise(samples))
     filled = np.concatenate([short, np.zeros(1024 - samples, dtype=np.float32)])
 
-    frames, expected = featurizer.frames(short), featurizer.frames(filled)
+    frames, expected = (frames_of(y, SETS["uncentred"], 8000) for y in (short, filled))
 
     for name, array in expected.items():
         np.testing.assert_array_equal(frames[name], array, err_msg=name)
@@ -198,7 +205,7 @@ def test_uncentred_waveforms_are_filled_up_to_one_frame(samples: int) -> None:
 
 def test_the_clamp_is_relative_to_its_own_window() -> None:
     """A loud window in the batch leaves a quiet one's decibels alone."""
-    featurizer = Featurizer(FeatureSpec(sample_rate=RATE, families=("mel",), statistics=("min",)))
+    featurizer = Featurizer(FeatureSpec(sets=(FrameStatistics(name="mel", families=("mel",), statistics=("min",)),)))
     quiet, loud = noise(RATE, 1e-5), noise(RATE, 1.0)
 
     alone = featurizer.transform(quiet[np.newaxis])
@@ -215,8 +222,6 @@ def test_int16_is_what_a_decoder_makes_of_it(spec: str) -> None:
     decoded = pcm.astype(np.float32) / np.float32(32768)
 
     np.testing.assert_array_equal(featurizer.windows(decoded), featurizer.windows(pcm))
-    for name, array in featurizer.frames(decoded).items():
-        np.testing.assert_array_equal(array, featurizer.frames(pcm)[name], err_msg=name)
     length = featurizer.spec.window_samples
     np.testing.assert_array_equal(
         featurizer.transform(decoded[np.newaxis, :length]), featurizer.transform(pcm[np.newaxis, :length])
@@ -227,7 +232,7 @@ def test_statistics_are_numpys() -> None:
     """A column is the named statistic of the named row of frames."""
     featurizer = FEATURIZERS["centred"]
     window = featurizer.windows(noise(RATE))
-    frames = featurizer.frames(window[0])
+    frames = frames_of(window[0], SETS["centred"])
     statistic: dict[str, Callable[[Array], Any]] = {
         "mean": np.mean,
         "std": np.std,
@@ -248,9 +253,9 @@ def test_statistics_are_numpys() -> None:
 
 def test_names_follow_the_spec() -> None:
     """A name is family.band.statistic, or family.statistic where there is only one band."""
-    spec = FeatureSpec(n_mfcc=2, families=("centroid", "mfcc"), statistics=("std", "p90"))
+    named = FrameStatistics(name="few", n_mfcc=2, families=("centroid", "mfcc"), statistics=("std", "p90"))
     expected = ("centroid.std", "centroid.p90", "mfcc.0.std", "mfcc.0.p90", "mfcc.1.std", "mfcc.1.p90")
-    assert expected == Featurizer(spec).feature_names
+    assert expected == Featurizer(FeatureSpec(sets=(named,))).feature_names
 
 
 def test_each_column_has_one_name() -> None:
@@ -271,15 +276,11 @@ def test_an_empty_batch_has_no_rows() -> None:
 COUNTING = Featurizer(
     FeatureSpec(
         sample_rate=100,
-        n_fft=16,
-        win_length=16,
-        hop_length=8,
-        n_mels=2,
-        n_mfcc=2,
         window_seconds=1.0,
         window_hop_seconds=0.3,
-        families=("rms",),
-        statistics=("mean",),
+        sets=(
+            FrameStatistics(name="count", n_fft=16, win_length=16, hop_length=8, n_mels=2, n_mfcc=2, families=("rms",)),
+        ),
     )
 )
 
@@ -364,9 +365,9 @@ def test_a_spec_from_json_is_checked() -> None:
     """Misspelt settings, wrong types and impossible values are refused with the name of the setting."""
     for text, words in (
         (b'{"sample_rat": 8000}', "sample_rat"),
-        (b'{"n_fft": "2048"}', "n_fft"),
-        (b'{"families": ["mffc"]}', "mffc"),
-        (b'{"n_mfcc": 0}', "n_mfcc is 0"),
+        (b'{"sets": [{"kind": "frames", "name": "x", "n_fft": "2048", "families": ["mel"]}]}', "n_fft"),
+        (b'{"sets": [{"kind": "frames", "name": "x", "families": ["mffc"]}]}', "mffc"),
+        (b'{"sets": [{"kind": "frames", "name": "x", "families": ["mel"], "n_mfcc": 0}]}', "n_mfcc is 0"),
     ):
         with pytest.raises(msgspec.ValidationError, match=words):
             msgspec.json.decode(text, type=FeatureSpec)
@@ -375,13 +376,11 @@ def test_a_spec_from_json_is_checked() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sample_rate": 0}, "sample_rate is 0; expected at least 1 Hz"),
-        ({"n_fft": 1}, "n_fft is 1; expected at least 2 samples"),
+        ({"n_fft": 1}, "n_fft is 1; expected 2 to 16000, the samples of a window"),
         ({"win_length": 4096}, "win_length is 4096; expected 1 to n_fft, which is 2048"),
         ({"win_length": 0}, "win_length is 0; expected 1 to n_fft"),
         ({"hop_length": 0}, "hop_length is 0; expected 1 to win_length"),
         ({"hop_length": 2049}, "hop_length is 2049; .*samples unheard"),
-        ({"window": "hamming"}, "window is 'hamming'; expected 'hann'"),
         ({"fmin": -1.0}, "fmin is -1.0; expected 0 to less than fmax"),
         ({"fmin": 8000.0}, "fmin is 8000.0; expected 0 to less than fmax, which is 8000 Hz"),
         ({"fmin": float("nan")}, "fmin is nan"),
@@ -392,11 +391,6 @@ def test_a_spec_from_json_is_checked() -> None:
         ({"n_mfcc": 41}, "n_mfcc is 41; expected 1 to n_mels, which is 40"),
         ({"top_db": 0.0}, "top_db is 0.0; expected more than 0 dB"),
         ({"top_db": float("inf")}, "top_db is inf"),
-        ({"window_seconds": 0.1}, "window_seconds is 0.1; expected at least n_fft / sample_rate, which is 0.128"),
-        ({"window_seconds": float("nan")}, "window_seconds is nan"),
-        ({"window_seconds": float("inf")}, "window_seconds is inf"),
-        ({"window_hop_seconds": 0.0}, "window_hop_seconds is 0.0; expected one sample to window_seconds"),
-        ({"window_hop_seconds": 1.5}, "window_hop_seconds is 1.5; .*samples unheard"),
         ({"families": ()}, r"families is \(\); expected each once, one or more of .*'mfcc'"),
         ({"families": ("mfcc", "mffc")}, r"families is \('mfcc', 'mffc'\); expected"),
         ({"families": ("mfcc", "mfcc")}, "expected each once"),
@@ -405,20 +399,48 @@ def test_a_spec_from_json_is_checked() -> None:
 )
 def test_impossible_settings_are_named(changed: dict[str, Any], message: str) -> None:
     """A setting that cannot work is refused with its name, its value and what was expected."""
-    fitting: dict[str, Any] = {"sample_rate": RATE, "n_fft": 2048, "win_length": 2048, "hop_length": 512, "n_mels": 40}
+    fitting = FrameStatistics(name="fitting", n_fft=2048, win_length=2048, families=("mel",))
+    with pytest.raises(ValueError, match=f"feature set 'fitting': .*{message}"):
+        FeatureSpec(sets=(msgspec.structs.replace(fitting, **changed),))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sample_rate": 0}, "sample_rate is 0; expected at least 1 Hz"),
+        (
+            {"window_seconds": 0.06, "window_hop_seconds": 0.06},
+            "feature set 'compact': n_fft is 1024; expected 2 to 960, the samples of a window",
+        ),
+        ({"window_seconds": 0.0}, "window_seconds is 0.0; expected at least one sample"),
+        ({"window_seconds": float("nan")}, "window_seconds is nan"),
+        ({"window_seconds": float("inf")}, "window_seconds is inf"),
+        ({"window_hop_seconds": 0.0}, "window_hop_seconds is 0.0; expected one sample to window_seconds"),
+        ({"window_hop_seconds": 1.5}, "window_hop_seconds is 1.5; .*samples unheard"),
+        ({"level_dbfs": 0.1}, "level_dbfs is 0.1; expected more than -100 dB up to 0 dB"),
+        ({"level_dbfs": -100.0}, "level_dbfs is -100.0"),
+        ({"level_dbfs": float("nan")}, "level_dbfs is nan"),
+        ({"sets": ()}, "sets are none; expected one or more, each once"),
+        ({"sets": (COMPACT, COMPACT)}, r"sets are compact\+compact; expected one or more, each once"),
+    ],
+)
+def test_impossible_windows_are_named(changed: dict[str, Any], message: str) -> None:
+    """So is what is said of the windows and of the sets together."""
     with pytest.raises(ValueError, match=message):
-        FeatureSpec(**{**fitting, **changed})
+        FeatureSpec(**changed)
 
 
 def test_bands_finer_than_the_transform_are_refused() -> None:
     """Mel filters between two bins and contrast bands without a bin would be constant: say so."""
     with pytest.raises(ValueError, match=r"n_mels is 128, but .* lie between two bins of n_fft 256"):
-        Featurizer(FeatureSpec(sample_rate=RATE, n_fft=256, win_length=256, hop_length=128, n_mels=128))
-    coarse = FeatureSpec(
-        n_fft=32, win_length=32, hop_length=16, n_mels=4, n_mfcc=4, families=("contrast",), sample_rate=RATE
+        Featurizer(
+            FeatureSpec(sets=(msgspec.structs.replace(COMPACT, n_fft=256, win_length=256, hop_length=128, n_mels=128),))
+        )
+    coarse = FrameStatistics(
+        name="coarse", n_fft=32, win_length=32, hop_length=16, n_mels=4, n_mfcc=4, families=("contrast",)
     )
-    with pytest.raises(ValueError, match="n_fft 32 does not resolve"):
-        Featurizer(coarse)
+    with pytest.raises(ValueError, match=r"feature set 'coarse': .* n_fft 32 does not resolve"):
+        Featurizer(FeatureSpec(sets=(coarse,)))
 
 
 @pytest.mark.parametrize(
@@ -432,9 +454,8 @@ def test_bands_finer_than_the_transform_are_refused() -> None:
 )
 def test_what_is_no_waveform_is_refused(waveform: Any, error: type[Exception], message: str) -> None:
     """Another shape or type is refused by name instead of being guessed at."""
-    for use in (FEATURIZERS["centred"].windows, FEATURIZERS["centred"].frames):
-        with pytest.raises(error, match=message):
-            use(waveform)
+    with pytest.raises(error, match=message):
+        FEATURIZERS["centred"].windows(waveform)
 
 
 def test_windows_of_another_length_are_refused() -> None:
@@ -471,9 +492,78 @@ def test_finite_sound_has_finite_features(spec: str) -> None:
 def test_only_what_is_no_sound_is_clipped() -> None:
     """Up to 120 dB over full scale the numbers are librosa's; beyond that they stay there."""
     loudest = (noise(RATE, 0.2).clip(-1, 1) * LIMIT).astype(np.float32)
-    featurizer = Featurizer(FeatureSpec(sample_rate=RATE, families=("mel",)))
-    np.testing.assert_allclose(
-        reference(loudest, featurizer.spec)["mel"], featurizer.frames(loudest)["mel"], rtol=0, atol=4e-5
-    )
+    mel = FrameStatistics(name="mel", families=("mel",))
+    featurizer = Featurizer(FeatureSpec(sets=(mel,)))
+    expected = reference(loudest, mel)["mel"].mean(axis=1)
+    features = featurizer.transform(loudest[np.newaxis])
+    np.testing.assert_allclose(expected, features[0, ::2], rtol=0, atol=4e-5)
     beyond = np.where(np.abs(loudest) == LIMIT, loudest * 8, loudest)
-    np.testing.assert_array_equal(featurizer.frames(loudest)["mel"], featurizer.frames(beyond)["mel"])
+    np.testing.assert_array_equal(features, featurizer.transform(beyond[np.newaxis]))
+
+
+def test_named_sets_are_combined() -> None:
+    """A spec by names has their sets; what a later set has in common with an earlier one carries its name."""
+    spec = feature_spec("compact+article", sample_rate=22050, level_dbfs=-23.0)
+    assert FeatureSpec(sample_rate=22050, level_dbfs=-23.0, sets=(COMPACT, ARTICLE)) == spec
+    compact, article, both = (Featurizer(feature_spec(name)) for name in ("compact", "article", "compact+article"))
+    window = noise(RATE)[np.newaxis]
+
+    assert (*compact.feature_names, *(f"article.{name}" for name in article.feature_names)) == both.feature_names
+    assert (*compact.columns, *article.columns) == both.columns
+    apart = np.column_stack([compact.transform(window), article.transform(window)])
+    assert apart.tobytes() == both.transform(window).tobytes()
+
+
+@pytest.mark.parametrize("names", ["", "compct", "compact+", "compact,article"])
+def test_unknown_names_are_refused(names: str) -> None:
+    """A name that there is not is quoted beside those that there are."""
+    with pytest.raises(ValueError, match=r"there is no feature set '.*'; expected article, compact"):
+        feature_spec(names)
+
+
+def test_a_spec_is_written_by_hand_in_toml_or_json() -> None:
+    """Both give the same spec, and what is wrong with one is said."""
+    by_hand = 'window_seconds = 2.0\n[[sets]]\nkind = "frames"\nname = "mine"\nfamilies = ["mfcc"]\nn_mfcc = 13\n'
+    expected = FeatureSpec(window_seconds=2.0, sets=(FrameStatistics(name="mine", families=("mfcc",), n_mfcc=13),))
+    assert expected == read_spec(by_hand)
+    assert expected == read_spec("\n" + msgspec.json.encode(expected).decode())
+    for wrong, words in (
+        ("{", "truncated"),
+        ("a b", "Expected"),
+        ("rate = 1", "rate"),
+        ("sample_rate = 0", "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_spec(wrong)
+
+
+def test_levelled_features_do_not_depend_on_the_level() -> None:
+    """A window 30 dB quieter has the same features and 30 dB more gain; its RMS is what was asked for."""
+    featurizer = Featurizer(feature_spec("compact", level_dbfs=-23.0))
+    loud = noise(RATE, 0.2)
+    windows = np.stack([loud, loud / np.float32(2**5)])
+
+    features = featurizer.transform(windows)
+
+    np.testing.assert_array_equal(features[0], features[1])
+    gains = featurizer.gains(windows)
+    assert np.float32 == gains.dtype
+    rms = 20 * np.log10(np.sqrt(np.mean(np.square(loud, dtype=np.float64))))
+    assert pytest.approx([-23 - rms, -23 - rms + 20 * np.log10(2**5)], abs=1e-5) == gains
+    levelled = loud * 10 ** (gains[0] / 20)
+    plain = Featurizer(feature_spec("compact"))
+    np.testing.assert_allclose(plain.transform(levelled[np.newaxis]).ravel(), features[0], rtol=1e-3, atol=1e-3)
+    assert [0.0, 0.0] == plain.gains(windows).tolist()
+
+
+def test_silence_is_not_amplified_without_end() -> None:
+    """What is below -100 dBFS gets the gain of -100 dBFS: silence stays silent, and nothing overflows."""
+    featurizer = Featurizer(feature_spec("compact", level_dbfs=-23.0))
+    windows = np.stack([np.zeros(RATE), np.full(RATE, 1e-30), np.full(RATE, np.finfo(np.float32).max)])
+
+    with np.errstate(all="raise", under="ignore"):
+        gains, features = featurizer.gains(windows.astype(np.float32)), featurizer.transform(windows.astype(np.float32))
+
+    assert pytest.approx([77.0, 77.0, -23 - 20 * np.log10(LIMIT)], abs=1e-4) == gains
+    assert np.isfinite(features).all()
+    assert 0.0 == features[0, featurizer.feature_names.index("rms.mean")]

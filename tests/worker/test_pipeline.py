@@ -23,7 +23,7 @@ from worker import audio, bundle, play
 from worker.audio import Limits
 from worker.drift import DriftPolicy
 from worker.errors import Fatal
-from worker.features import FeatureSpec
+from worker.features import COMPACT, FeatureSpec
 from worker.messages import Classification, DriftDetected, Message, Record, Regression, RetrainRequested, Topics
 from worker.pipeline import Batch, Pipeline, Restored, States
 from worker.states import Retention
@@ -531,12 +531,12 @@ def broken(_: object) -> None:
     raise OSError("the compiler is gone")
 
 
-def by_librosa(window: np.ndarray[Any, Any], spec: FeatureSpec) -> np.ndarray[Any, Any]:
+def by_librosa(window: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the default features of one window as a notebook computes them, shape (features,)."""
-    stft: dict[str, Any] = {"n_fft": spec.n_fft, "hop_length": spec.hop_length}
-    frames: dict[str, Any] = {"y": window, "frame_length": spec.n_fft, "hop_length": spec.hop_length}
-    sound: dict[str, Any] = {"y": window, "sr": spec.sample_rate, **stft}
-    mfcc = librosa.feature.mfcc(**sound, n_mfcc=spec.n_mfcc, n_mels=spec.n_mels)
+    stft: dict[str, Any] = {"n_fft": COMPACT.n_fft, "hop_length": COMPACT.hop_length}
+    frames: dict[str, Any] = {"y": window, "frame_length": COMPACT.n_fft, "hop_length": COMPACT.hop_length}
+    sound: dict[str, Any] = {"y": window, "sr": SPEC.sample_rate, **stft}
+    mfcc = librosa.feature.mfcc(**sound, n_mfcc=COMPACT.n_mfcc, n_mels=COMPACT.n_mels)
     rows = np.concatenate(
         [
             mfcc,
@@ -563,7 +563,7 @@ def test_serving_is_librosa_and_scikit_learn(machine_bundle: Path, machines: Pat
     for clip, prediction in zip(clips, said, strict=True):
         samples, _ = librosa.load(clip, sr=SPEC.sample_rate)
         windows = [samples[start : start + 16_000] for start in (0, 8_000, 16_000)]
-        expected = forest.predict_proba([by_librosa(window, SPEC) for window in windows]).mean(axis=0)
+        expected = forest.predict_proba([by_librosa(window) for window in windows]).mean(axis=0)
         assert forest.classes_[expected.argmax()] == prediction.label
         # The last bits of a feature depend on the processor, and may turn one of 20 trees in one of 3 windows.
         assert dict(zip(forest.classes_, expected, strict=True)) == pytest.approx(prediction.probabilities, abs=0.017)
