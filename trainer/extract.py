@@ -1,46 +1,40 @@
 """From labelled clips to the features of all their windows.
 
-This module owns how a clip is read and cut, and how that is spread over processor cores. What is
-read, mixed, resampled and cut is what the worker would: train as you serve. It must not know about
-folds or models.
+This module owns what is extracted from a clip, and how the clips of a data set become one matrix. It
+must not know about folds or models, nor where files are read and where the work is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Final, NamedTuple
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, Protocol
 
-import joblib
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.dataset import Dataset, Index
-from worker.audio import from_container, resample
-from worker.errors import BadRecord, Fatal
-from worker.features import Featurizer
+from trainer.cache import Cache
+from trainer.dataset import Clip, Dataset, Index, join_equal_sounds
+from trainer.listening import Progress, Skipped, listen, silent
+from worker.audio import Sound, resample
+from worker.errors import Fatal
+from worker.features import FeatureSpec, Featurizer
 
 MOST_SKIPPED: Final = 0.1
 """A larger share of unusable clips is a mistake in the data set, and not a few bad files."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
-
-
-class Skipped(NamedTuple):
-    """A clip that cannot be used, and why."""
-
-    path: Path
-    reason: str
+Waveform = NDArray[np.float32]
 
 
 class Windows(NamedTuple):
     """All windows of all clips that can be used.
 
     ``features`` has shape (windows, features). Of each window, ``owner`` says which clip of ``dataset`` it
-    is from, ``starts`` where in that clip it begins, in seconds, and ``copies`` is 0 if it is as it was
-    recorded, or the number of the augmented copy that it is from. No clip is without a window.
+    is from, ``starts`` where in that clip it begins, in seconds, ``copies`` is 0 if it is as it was
+    recorded, or the number of the augmented copy that it is from, and ``gains`` is by how many dB the
+    featurizer levelled it. No clip is without a window.
     """
 
     dataset: Dataset
@@ -48,54 +42,121 @@ class Windows(NamedTuple):
     owner: Index
     starts: NDArray[np.float64]
     copies: Index
+    gains: NDArray[np.float32]
     skipped: list[Skipped]
 
 
+class Change(Protocol):
+    """What makes another sound of a clip's; it is sent to other processes."""
+
+    @property
+    def identity(self) -> Any:
+        """All that decides what comes out, apart from the clip and the software: plain data for a key."""
+
+    def __call__(self, samples: Waveform, sample_rate: int, clip: Clip, /) -> Waveform:
+        """Return the changed waveform at the same rate."""
+
+
+class Extracted(msgspec.Struct, frozen=True):
+    """What is extracted of one clip: little-endian arrays as bytes, and a hash of its decoded samples.
+
+    ``features`` is float32, (windows, features); ``starts`` float64 and ``gains`` float32, (windows,).
+    """
+
+    features: bytes
+    starts: bytes
+    gains: bytes
+    sound: str
+
+
+class Extraction(NamedTuple):
+    """The work of extracting a clip's features, after ``change`` if there is one."""
+
+    spec: FeatureSpec
+    change: Change | None = None
+
+    @property
+    def identity(self) -> Any:
+        """The spec, and what the change hangs on."""
+        return self.spec, None if self.change is None else self.change.identity
+
+    def __call__(self, sound: Sound, clip: Clip) -> Extracted:
+        """Return what is extracted of ``clip``."""
+        spec, featurizer = self.spec, _featurizer(self.spec)
+        samples = resample(sound.samples, sound.sample_rate, spec.sample_rate)
+        if self.change is not None:
+            samples = self.change(samples, spec.sample_rate, clip)
+        windows = featurizer.windows(samples)
+        last = max(samples.size - spec.window_samples, 0)
+        starts = np.minimum(np.arange(len(windows)) * spec.window_hop_samples, last) / spec.sample_rate
+        return Extracted(
+            featurizer.transform(windows).astype("<f4").tobytes(),
+            starts.astype("<f8").tobytes(),
+            featurizer.gains(windows).astype("<f4").tobytes(),
+            hashlib.sha256(sound.sample_rate.to_bytes(4, "little") + sound.samples.tobytes()).hexdigest(),
+        )
+
+
 def featurize(
-    dataset: Dataset, featurizer: Featurizer, *, jobs: int = -1, on_progress: Progress = lambda _s, _d, _t: None
+    dataset: Dataset,
+    featurizer: Featurizer,
+    *,
+    jobs: int = -1,
+    cache: Cache | None = None,
+    on_progress: Progress = silent,
 ) -> Windows:
     """Decode all clips and compute the features of all their windows.
+
+    Clips of equal sound are found here, whatever their bytes are: in the data set that comes back they
+    are one group, and its warnings say so. Split that one.
+
+    Args:
+        dataset: the labelled clips.
+        featurizer: what computes the features; its spec decides how clips are cut.
+        jobs: processor cores to use; -1 is all of them. The result does not depend on it, nor on the cache.
+        cache: where features may be kept.
+        on_progress: told how many clips are done.
 
     Raises:
         Fatal: more clips are unreadable or empty than a data set may have.
     """
-    usable, parts, starts, skipped = [], [], [], []
-    tasks = (joblib.delayed(_features_of)(clip.path, featurizer) for clip in dataset.clips)
-    results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
-    for done, (clip, result) in enumerate(zip(dataset.clips, results, strict=True), start=1):
-        if isinstance(result, BadRecord):
-            skipped.append(Skipped(clip.path, result.detail))
-        else:
-            usable.append(clip)
-            parts.append(result[0])
-            starts.append(result[1])
-        on_progress("listening to the clips", done, len(dataset.clips))
+    work = Extraction(featurizer.spec)
+    results = listen(
+        [(clip, work) for clip in dataset.clips],
+        Extracted,
+        stage="listening to the clips",
+        jobs=jobs,
+        cache=cache,
+        on_progress=on_progress,
+    )
+    skipped = [found for found in results if isinstance(found, Skipped)]
     too_many_skipped(skipped, len(dataset.clips))
-    owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return Windows(
-        msgspec.structs.replace(dataset, clips=tuple(usable)),
-        np.concatenate(parts),
-        owner,
-        np.concatenate(starts),
-        np.zeros_like(owner),
+    usable = [(clip, found) for clip, found in zip(dataset.clips, results, strict=True) if isinstance(found, Extracted)]
+    kept = msgspec.structs.replace(dataset, clips=tuple(clip for clip, _ in usable))
+    if cache is not None and cache.trouble is not None:
+        kept = msgspec.structs.replace(kept, warnings=(*kept.warnings, cache.trouble))
+    return windows_of(
+        join_equal_sounds(kept, [found.sound for _, found in usable]),
+        [(owner, 0, found) for owner, (_, found) in enumerate(usable)],
         skipped,
     )
 
 
-def read_clip(path: Path, sample_rate: int) -> NDArray[np.float32]:
-    """Read any file that libsndfile reads as a mono waveform, shape (samples,), at ``sample_rate`` in Hz.
-
-    Decoding, mixing and resampling are the worker's, so that a model is trained on what it is served.
-
-    Raises:
-        BadRecord: the file cannot be read, or holds no usable sound.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRecord("undecodable", f"the file cannot be read: {error.strerror}") from error
-    sound = from_container(data)
-    return resample(sound.samples, sound.sample_rate, sample_rate)
+def windows_of(dataset: Dataset, found: Iterable[tuple[int, int, Extracted]], skipped: list[Skipped]) -> Windows:
+    """Join what was extracted; each comes with its clip's index in ``dataset``, and the number of its copy."""
+    owners, copies, extracted = zip(*found, strict=True)
+    starts = [np.frombuffer(each.starts, "<f8") for each in extracted]
+    counts = [len(each) for each in starts]
+    features = [np.frombuffer(each.features, "<f4").reshape(n, -1) for each, n in zip(extracted, counts, strict=True)]
+    return Windows(
+        dataset,
+        np.concatenate(features),
+        np.repeat(owners, counts),
+        np.concatenate(starts),
+        np.repeat(copies, counts),
+        np.concatenate([np.frombuffer(each.gains, "<f4") for each in extracted]),
+        skipped,
+    )
 
 
 def too_many_skipped(skipped: Sequence[Skipped], clips: int) -> None:
@@ -112,14 +173,7 @@ def too_many_skipped(skipped: Sequence[Skipped], clips: int) -> None:
         )
 
 
-def _features_of(path: Path, featurizer: Featurizer) -> tuple[NDArray[np.float32], NDArray[np.float64]] | BadRecord:
-    """Return the features of a clip's windows, and where they start in seconds."""
-    spec = featurizer.spec
-    try:
-        waveform = read_clip(path, spec.sample_rate)
-    except BadRecord as error:
-        return error
-    features = featurizer.transform(featurizer.windows(waveform))
-    last = max(waveform.size - spec.window_samples, 0)
-    starts = np.minimum(np.arange(len(features)) * spec.window_hop_samples, last) / spec.sample_rate
-    return features, starts
+@lru_cache(maxsize=4)
+def _featurizer(spec: FeatureSpec) -> Featurizer:
+    """Return the featurizer of a spec; building its tables takes as long as listening to a clip."""
+    return Featurizer(spec)

@@ -1,52 +1,164 @@
-"""Extraction: what is trained is what is served, whatever the files, the cores and the cache."""
+"""Extraction: the rows of a data set are the worker's, on any number of cores, and from the cache."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import joblib
+import msgspec
 import numpy as np
 import pytest
 import soundfile
 
-from tests.trainer.test_dataset import RATE, write_sound
-from trainer.extract import Skipped, read_clip, too_many_skipped
-from worker.audio import Limits, waveform
-from worker.errors import BadRecord, Fatal
+from tests.trainer.test_dataset import write_manifest, write_sound
+from trainer.cache import Cache
+from trainer.dataset import Dataset, load
+from trainer.extract import Windows, featurize, too_many_skipped
+from trainer.listening import Skipped, read_clip
+from worker.errors import Fatal
+from worker.features import Featurizer, feature_spec
+
+FEATURIZER = Featurizer(feature_spec("article", window_seconds=0.25, window_hop_seconds=0.1))
 
 
-class TestReading:
-    @pytest.mark.parametrize(
-        ("name", "rate", "channels"),
-        [("a.wav", 44100, 2), ("a.flac", 8000, 1), ("a.ogg", 48000, 1), ("a.aiff", 22050, 3), ("a.mp3", 16000, 1)],
-    )
-    def test_any_format_becomes_mono_at_the_asked_rate(
-        self, tmp_path: Path, name: str, rate: int, channels: int
-    ) -> None:
-        """A quarter of a second stays one, whatever it was recorded as."""
-        samples = read_clip(write_sound(tmp_path / name, rate=rate, channels=channels, seconds=0.25), 16_000)
-        assert ("float32", 1) == (samples.dtype.name, samples.ndim)
-        assert pytest.approx(4000, abs=1) == samples.size
-        assert 0.02 < np.sqrt(np.mean(samples**2)) < 0.5
+def assert_equal(expected: Windows, actual: Windows) -> None:
+    assert expected.dataset == actual.dataset
+    assert expected.skipped == actual.skipped
+    for name in ("features", "owner", "starts", "copies", "gains"):
+        one, other = getattr(expected, name), getattr(actual, name)
+        assert one.dtype == other.dtype, name
+        np.testing.assert_array_equal(one, other, err_msg=name)
 
-    def test_what_is_trained_is_what_is_served(self, tmp_path: Path) -> None:
-        """The same bits come out of a file here and out of a record in the worker."""
-        path = write_sound(tmp_path / "a.wav", rate=44_100, channels=2, seconds=0.3)
-        served = waveform(path.read_bytes(), "audio/wav", 16_000, Limits())
-        assert np.array_equal(served.samples, read_clip(path, 16_000))
 
-    def test_unusable_files_are_bad_records(self, tmp_path: Path) -> None:
-        """Damaged, empty, non-finite and vanished files each have their reason."""
-        damaged = tmp_path / "damaged.flac"
-        damaged.write_bytes(b"fLaC, but not really")
-        empty = write_sound(tmp_path / "empty.wav", seconds=0)
-        infinite = tmp_path / "infinite.wav"
-        soundfile.write(infinite, np.array([0.0, np.inf]), RATE, subtype="FLOAT")
-        reasons = []
-        for path in (damaged, empty, infinite, tmp_path / "gone.wav"):
-            with pytest.raises(BadRecord) as caught:
-                read_clip(path, RATE)
-            reasons.append(caught.value.reason)
-        assert ["undecodable", "empty", "non-finite", "undecodable"] == reasons
+@pytest.fixture(scope="module")
+def some(esc10: Path) -> Dataset:
+    """Ten real recordings."""
+    dataset = load(esc10)
+    return msgspec.structs.replace(dataset, clips=dataset.clips[::40])
+
+
+@pytest.fixture(scope="module")
+def expected(some: Dataset) -> Windows:
+    return featurize(some, FEATURIZER, jobs=1)
+
+
+class TestWindows:
+    def test_rows_are_those_of_the_worker(self, some: Dataset, expected: Windows) -> None:
+        """Each window of each clip, in order, with its owner, its place in the clip and its gain."""
+        assert some == expected.dataset
+        assert np.float32 == expected.features.dtype
+        for index, clip in enumerate(some.clips):
+            samples = read_clip(clip, 16_000)
+            cut = FEATURIZER.windows(samples)
+            rows = expected.owner == index
+            np.testing.assert_array_equal(FEATURIZER.transform(cut), expected.features[rows])
+            for start, window in zip(expected.starts[rows], cut, strict=True):
+                first = round(start * 16_000)
+                np.testing.assert_array_equal(window, samples[first : first + 4000])
+        assert not expected.copies.any()
+        assert not expected.gains.any()
+
+    def test_the_last_window_ends_with_the_clip(self, tmp_path: Path) -> None:
+        """Its start is no multiple of the hop; a clip shorter than a window starts at its beginning."""
+        write_sound(tmp_path / "a" / "tail.wav", 1, rate=16_000, seconds=0.52)
+        write_sound(tmp_path / "b" / "short.wav", 2, rate=16_000, seconds=0.1)
+        windows = featurize(load(tmp_path), FEATURIZER, jobs=1)
+        assert [0, 0, 0, 0, 1] == windows.owner.tolist()
+        np.testing.assert_allclose([0.0, 0.1, 0.2, 0.27, 0.0], windows.starts, rtol=0, atol=1e-12)
+
+    def test_segments_are_clips(self, tmp_path: Path) -> None:
+        """Starts count from the beginning of the segment, and rows are of nothing else."""
+        write_sound(tmp_path / "long.wav", rate=16_000, seconds=2.0)
+        rows = [{"file": "long.wav", "label": "a", "start": "0.5", "end": "0.9"}]
+        windows = featurize(load(write_manifest(tmp_path / "meta.csv", rows)), FEATURIZER, jobs=1)
+        np.testing.assert_allclose([0.0, 0.1, 0.15], windows.starts)
+        alone = read_clip(windows.dataset.clips[0], 16_000)
+        assert 6400 == alone.size
+        np.testing.assert_array_equal(FEATURIZER.transform(FEATURIZER.windows(alone)), windows.features)
+
+    def test_gains_are_the_featurizers(self, some: Dataset) -> None:
+        """With levelling they say by how many dB each window was brought to the level."""
+        featurizer = Featurizer(msgspec.structs.replace(FEATURIZER.spec, level_dbfs=-23.0))
+        one = msgspec.structs.replace(some, clips=some.clips[:1])
+        cut = featurizer.windows(read_clip(some.clips[0], 16_000))
+        np.testing.assert_array_equal(featurizer.gains(cut), featurize(one, featurizer, jobs=1).gains)
+        assert featurizer.gains(cut).any()
+
+
+class TestEqualSounds:
+    @pytest.mark.parametrize("name", ["b.flac", "b.aiff", "b.wav"])
+    def test_other_bytes_of_the_same_sound_are_one_group(self, tmp_path: Path, name: str) -> None:
+        """In another container, or with another header, a copy is known by its samples."""
+        path = write_sound(tmp_path / "one" / "a.wav", 1)
+        samples, rate = soundfile.read(path, dtype="int16")
+        (tmp_path / "two").mkdir()
+        if name == "b.wav":
+            (tmp_path / "two" / name).write_bytes(with_comment(path.read_bytes()))
+        else:
+            soundfile.write(tmp_path / "two" / name, samples, rate)
+        write_sound(tmp_path / "two" / "c.wav", 2)
+        dataset = load(tmp_path)
+        assert 3 == len({clip.group for clip in dataset.clips})
+        windows = featurize(dataset, FEATURIZER, jobs=1)
+        groups = [clip.group for clip in windows.dataset.clips]
+        assert groups[0] == groups[1] != groups[2]
+        assert f"two/{name} has the same sound as one/a.wav; they are held out together" in windows.dataset.warnings
+        assert f"two/{name} (two) has the same sound as one/a.wav (one)" in windows.dataset.warnings
+
+
+def with_comment(wav: bytes) -> bytes:
+    """Append a chunk that no decoder cares for."""
+    longer = wav + b"note" + (4).to_bytes(4, "little") + b"mine"
+    return longer[:4] + (len(longer) - 8).to_bytes(4, "little") + longer[8:]
+
+
+class TestSameEverywhere:
+    def test_on_any_number_of_processes(self, some: Dataset, expected: Windows) -> None:
+        """Two processes give the bits of one."""
+        assert_equal(expected, featurize(some, FEATURIZER, jobs=2))
+
+    def test_on_a_cluster(self, some: Dataset, expected: Windows) -> None:
+        """Two processes of a Dask cluster as well."""
+        distributed: Any = import_module("distributed")  # it has no types
+        with (
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            distributed.Client(cluster),
+            joblib.parallel_config("dask"),
+        ):
+            assert_equal(expected, featurize(some, FEATURIZER))
+
+    def test_from_the_cache(self, some: Dataset, expected: Windows, tmp_path: Path) -> None:
+        """Cold, and warm: then half of the files are not there to be read."""
+        cache = Cache(tmp_path / "cache")
+        assert_equal(expected, featurize(some, FEATURIZER, jobs=1, cache=cache))
+        gone = [
+            msgspec.structs.replace(clip, path=tmp_path / "gone") if index % 2 else clip
+            for index, clip in enumerate(some.clips)
+        ]
+        warm = featurize(msgspec.structs.replace(some, clips=tuple(gone)), FEATURIZER, jobs=1, cache=cache)
+        assert_equal(expected, warm._replace(dataset=expected.dataset))
+
+    def test_a_cache_that_cannot_be_written_is_a_warning(self, tmp_path: Path) -> None:
+        """The features are the same, and the next run computes them again."""
+        write_sound(tmp_path / "data" / "a" / "a.wav")
+        (tmp_path / "file").write_text("")
+        windows = featurize(load(tmp_path / "data"), FEATURIZER, jobs=1, cache=Cache(tmp_path / "file"))
+        assert 1 == len(windows.owner)
+        assert f"nothing can be kept in {tmp_path}/file" in windows.dataset.warnings[-1]
+
+
+class TestUnusableClips:
+    def test_a_few_are_left_out(self, tmp_path: Path) -> None:
+        """They own no window, and the owners of the others count without them."""
+        for number in range(11):
+            write_sound(tmp_path / "a" / f"{number:02}.wav", number)
+        (tmp_path / "a" / "03.wav").write_bytes(b"not a sound")
+        windows = featurize(load(tmp_path), FEATURIZER, jobs=1)
+        assert [tmp_path / "a" / "03.wav"] == [each.path for each in windows.skipped]
+        assert 10 == len(windows.dataset.clips)
+        assert list(range(10)) == windows.owner.tolist()
 
     def test_a_few_bad_clips_are_borne(self) -> None:
         """Up to a tenth may be skipped; more is a mistake in the data set, told with examples."""

@@ -1,0 +1,159 @@
+"""Listening to clips: each is read once, on all cores, and what was found out is kept for the next time.
+
+This module owns how a clip becomes a waveform, how the work on many is spread, and when it need not
+be done again. Reading, mixing and resampling are the worker's: train as you serve. It must not know
+what is found out.
+
+A file is decoded once for all of its segments, whole: an hour of mono at 48 kHz takes 700 MB meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import joblib
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.cache import Cache, key_of
+from trainer.dataset import Clip
+from worker.audio import Sound, from_container, resample
+from worker.errors import BadRecord
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much there is."""
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Tell nobody how far the work is."""
+
+
+class Skipped(NamedTuple):
+    """A clip that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+Found_co = TypeVar("Found_co", bound=msgspec.Struct, covariant=True)
+Found = TypeVar("Found", bound=msgspec.Struct)
+
+
+class Work(Protocol[Found_co]):
+    """What is done with a clip. It is sent to other processes, and what it returns comes back from there."""
+
+    @property
+    def identity(self) -> Any:
+        """All that decides what is found, apart from the clip and the software: plain data for a key."""
+
+    def __call__(self, sound: Sound, clip: Clip, /) -> Found_co:
+        """Return what there is to be found."""
+
+
+def listen(
+    tasks: Sequence[tuple[Clip, Work[Found]]],
+    found: type[Found],
+    *,
+    stage: str,
+    jobs: int = -1,
+    cache: Cache | None = None,
+    on_progress: Progress = silent,
+) -> list[Found | Skipped]:
+    """Return what each task finds out, in their order, from the cache where it is known.
+
+    The rest is done wherever `joblib.parallel_config` says, on the cores of this machine if nothing
+    is said. A Dask cluster's workers must see the files under the same paths.
+
+    Args:
+        tasks: clips, and what is to be done with each.
+        found: what all of this work returns.
+        stage: what progress is told under.
+        jobs: processor cores to use; -1 is all of them. The result does not depend on it.
+        cache: where results may be kept.
+        on_progress: told how many tasks are done.
+    """
+    keys = [_key(clip, work) for clip, work in tasks] if cache is not None else []
+    results: list[Any] = [_kept(cache, key, found) for key in keys] if cache is not None else [None] * len(tasks)
+    missing: dict[Path, list[int]] = {}
+    for index, (clip, _) in enumerate(tasks):
+        if results[index] is None:
+            missing.setdefault(clip.path, []).append(index)
+    done = len(tasks) - sum(map(len, missing.values()))
+    on_progress(stage, done, len(tasks))
+    calls = (joblib.delayed(_listen)(path, [tasks[index] for index in indices]) for path, indices in missing.items())
+    returned = joblib.Parallel(n_jobs=jobs, prefer="processes", return_as="generator")(calls)
+    for indices, several in zip(missing.values(), returned, strict=True):
+        for index, one in zip(indices, several, strict=True):
+            results[index] = one
+            if cache is not None and not isinstance(one, Skipped):
+                cache.put(keys[index], msgspec.msgpack.encode(one))
+        done += len(indices)
+        on_progress(stage, done, len(tasks))
+    return results
+
+
+def sound_of(clip: Clip) -> Sound:
+    """Read a clip as a mono waveform at its own rate, as the worker would if it were sent.
+
+    Raises:
+        BadRecord: the file cannot be read, or there is no usable sound where the clip should be.
+    """
+    return _cut(_read(clip.path), clip)
+
+
+def read_clip(clip: Clip, sample_rate: int) -> NDArray[np.float32]:
+    """Read a clip as a mono waveform, shape (samples,), at ``sample_rate`` in Hz.
+
+    Raises:
+        BadRecord: as `sound_of` does.
+    """
+    sound = sound_of(clip)
+    return resample(sound.samples, sound.sample_rate, sample_rate)
+
+
+def _listen(path: Path, tasks: Sequence[tuple[Clip, Work[Found]]]) -> list[Found | Skipped]:
+    """Do the work on clips of one file."""
+    try:
+        whole = _read(path)
+    except BadRecord as error:
+        return [Skipped(path, error.detail) for _ in tasks]
+    results: list[Found | Skipped] = []
+    for clip, work in tasks:
+        try:
+            sound = _cut(whole, clip)
+        except BadRecord as error:
+            results.append(Skipped(path, error.detail))
+        else:
+            results.append(work(sound, clip))
+    return results
+
+
+def _read(path: Path) -> Sound:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadRecord("undecodable", f"the file cannot be read: {error.strerror}") from error
+    return from_container(data)
+
+
+def _cut(sound: Sound, clip: Clip) -> Sound:
+    """Return the segment of a file that is the clip; what would end after the file ends with it."""
+    if clip.start == 0 and clip.end is None:
+        return sound
+    rate = sound.sample_rate
+    samples = sound.samples[round(clip.start * rate) : None if clip.end is None else round(clip.end * rate)]
+    if not samples.size:
+        raise BadRecord("empty", f"{clip.name} has no samples: the file is {sound.duration:g} s long")
+    return Sound(samples, rate, samples.size / rate)
+
+
+def _key(clip: Clip, work: Work[Any]) -> str:
+    return key_of(type(work).__name__, work.identity, clip.sha256, clip.start, clip.end)
+
+
+def _kept(cache: Cache, key: str, found: type[Found]) -> Found | None:
+    content = cache.get(key)
+    return None if content is None else msgspec.msgpack.decode(content, type=found)
