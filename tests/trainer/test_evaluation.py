@@ -24,9 +24,8 @@ from trainer.evaluation import (
     regression_metrics,
     watched_features,
 )
-from trainer.extract import read_clip
 from worker import bundle
-from worker.audio import UNLIMITED
+from worker.audio import UNLIMITED, waveform
 from worker.drift import DriftPolicy
 from worker.messages import Classification, Record, Topics
 from worker.pipeline import Pipeline
@@ -134,7 +133,12 @@ class TestByClip:
             for each in outputs
             if each.topic == "predictions.out"
         ]
-        cut = [model.featurizer.windows(read_clip(clip, model.featurizer.spec.sample_rate)) for clip in clips]
+        cut = [
+            model.featurizer.windows(
+                waveform(clip.read_bytes(), None, model.featurizer.spec.sample_rate, UNLIMITED).samples
+            )
+            for clip in clips
+        ]
         owner = np.repeat(np.arange(len(cut)), [len(windows) for windows in cut])
         scores = model.scores(model.featurizer.transform(np.concatenate(cut)))
         expected = by_clip(scores, owner, np.arange(len(cut)))
