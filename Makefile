@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := build/bench
 
-.PHONY: help demo test faults chaos soak lint format lock clean
+.PHONY: help demo test faults chaos soak bench lint format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +26,9 @@ chaos: $(READY) ## kill workers and the broker while 5,000 chunks pass, and comp
 soak: $(READY) ## an hour of stream at full speed: do memory, threads and open files stay flat?
 	@$(BIN)/python -m tests.system.soak
 
+bench: $(BENCH)/.ready ## measure speed beside the peers, in an environment of its own; ARGS='--json FILE' or a part, such as forest
+	@$(BENCH)/bin/python -m tests.bench $(ARGS)
+
 lint: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -37,9 +41,17 @@ format: $(READY) ## format the code and mend what lint can mend
 lock: ## pin the newest versions that fit pyproject.toml (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--group dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		--group dev --group bench pyproject.toml -o tests/bench/requirements.lock
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BENCH)/.ready: tests/bench/requirements.lock pyproject.toml
+	@$(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r tests/bench/requirements.lock
+	@$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

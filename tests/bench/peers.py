@@ -1,0 +1,51 @@
+"""What others would run: the article's loop, and the same work by faster libraries.
+
+Each takes WAV bytes of one-second chunks and gives the probabilities of a forest. They are written
+as their users write them, not as slowly as possible.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Final
+
+import librosa
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+RATE: Final = 16_000
+N_MFCC: Final = 20
+
+Matrix = NDArray[Any]
+
+
+def load(wav: bytes) -> Matrix:
+    """Decode a chunk as notebooks do."""
+    samples, _ = soundfile.read(io.BytesIO(wav), dtype="float32")
+    return np.asarray(samples)
+
+
+def article_features(samples: Matrix) -> Matrix:
+    """Featurize one chunk with librosa: mel, dB, MFCC, mean over the frames."""
+    mel = librosa.feature.melspectrogram(y=samples, sr=RATE)
+    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel), n_mfcc=N_MFCC)
+    return np.concatenate([mfcc.mean(axis=1), mfcc.std(axis=1)])
+
+
+def article_loop(wavs: Sequence[bytes], forest: Any) -> Matrix:
+    """Predict chunk by chunk, as in the article."""
+    return np.concatenate([forest.predict_proba([article_features(load(wav))]) for wav in wavs])
+
+
+def batched_loop(wavs: Sequence[bytes], forest: Any) -> Matrix:
+    """Featurize chunk by chunk and predict once for each poll."""
+    return np.asarray(forest.predict_proba(np.array([article_features(load(wav)) for wav in wavs])))
+
+
+def librosa_batched(wavs: Sequence[bytes], forest: Any) -> Matrix:
+    """Give librosa all chunks of a poll at once; its dB are then relative to the loudest of them, which is wrong."""
+    mel = librosa.feature.melspectrogram(y=np.array([load(wav) for wav in wavs]), sr=RATE)
+    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel), n_mfcc=N_MFCC)
+    return np.asarray(forest.predict_proba(np.concatenate([mfcc.mean(axis=-1), mfcc.std(axis=-1)], axis=-1)))

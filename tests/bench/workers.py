@@ -1,0 +1,141 @@
+"""The worker as a process: on Apache Kafka beside stream frameworks, and how long it takes to start."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from msgspec.structs import replace
+
+from tests import apache_kafka
+from tests.apache_kafka import ApacheKafka
+from tests.bench import streams
+from tests.bench.measure import Row
+from tests.bench.streams import PARTITIONS, Throughput
+from tests.system import cluster
+from tests.system.processes import BIN, run, wait_for
+from worker.broker_sqlite import SqliteBroker
+from worker.config import Config
+from worker.messages import Message, Topics
+
+RECORDS: Final = 6_000
+SLOW_RECORDS: Final = 800  # for the article's code, which would take minutes for all
+ROUNDS: Final = 3
+SOURCES: Final = 8
+LOADS: Final = (0.25, 0.5, 0.8)
+LATENCY_SECONDS: Final = 20.0
+ANSWER_BYTES: Final = 700  # a prediction with ten classes
+
+
+def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
+    """Yield chunks a second of everybody on one broker by turns, and the latency of Earshot by load."""
+    (work / "kafka").mkdir()
+    article = str(work / "article")
+    with ApacheKafka(apache_kafka.fetch(), work / "kafka") as kafka:
+        at = kafka.address
+        streams.create(at, ["chunks"])
+        cluster.publish(at, "chunks", _messages(chunks, RECORDS))
+
+        def apart(module: str, records: int, *arguments: str) -> Callable[[str], Throughput]:
+            def one(name: str) -> Throughput:
+                streams.create(at, [name])
+                command = streams.peer(module, at, "chunks", name, *arguments)
+                return streams.throughput(at, command, name, records, work / f"{name}.log")
+
+            return one
+
+        def earshot(*options: str) -> Callable[[str], Throughput]:
+            def one(name: str) -> Throughput:
+                topics = streams.earshot_topics(at, f"{name}.")
+                cluster.publish(at, topics.audio_in, _messages(chunks, RECORDS))
+                command = streams.earshot(at, f"{name}.", work / "article", *options)
+                return streams.throughput(at, command, topics.predictions_out, RECORDS, work / f"{name}.log")
+
+            return one
+
+        batch, answer = str(Config().max_batch_records), str(ANSWER_BYTES)
+        contestants = {
+            "Quix Streams, the article's code": apart("quix_app", SLOW_RECORDS, article, "article"),
+            "Quix Streams, Earshot's functions": apart("quix_app", RECORDS, article, "fast"),
+            "FastStream, the article's code": apart("faststream_app", SLOW_RECORDS, article, "article"),
+            "FastStream, Earshot's functions": apart("faststream_app", RECORDS, article, "fast"),
+            "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
+            "Earshot, exactly once": earshot(),
+            "Earshot, two processes": earshot("--processes", "2"),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        for turn in range(ROUNDS):
+            for number, (name, compete) in enumerate(contestants.items()):
+                rates[name].append(compete(f"c{number}-{turn}").rate)
+        first = next(iter(contestants))
+        for name, each in rates.items():
+            ratio = median(ours / peer for ours, peer in zip(each, rates[first], strict=True))
+            spread = f"[{min(each):.0f}, {max(each):.0f}]"
+            yield Row(
+                "worker on Apache Kafka, chunks a second",
+                *(name, None, first, ratio),
+                f"{median(each):6.0f}/s {spread}, {ratio:.1f} x the first",
+            )
+        yield from _latencies(at, work, chunks, median(rates["Earshot, exactly once"]))
+
+
+def _latencies(at: str, work: Path, chunks: Sequence[bytes], capacity: float) -> Iterator[Row]:
+    topics = streams.earshot_topics(at, "latency.")
+    messages = _messages(chunks, len(chunks))
+    cluster.publish(at, topics.audio_in, messages)
+    with streams.running(streams.earshot(at, "latency.", work / "article"), work / "latency.log"):
+        streams.wait_until_idle(at, topics)
+        for load in LOADS:
+            found = streams.latency(at, topics, messages, load * capacity, LATENCY_SECONDS)
+            yield Row(
+                "from producing a chunk to reading its prediction, committed",
+                f"at {load:.0%} of capacity, {found.rate:.0f}/s",
+                None,
+                note=f"p50 {1000 * found.p50:.0f} ms, p99 {1000 * found.p99:.0f} ms",
+            )
+
+
+def start(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
+    """Yield the time from launching a worker to its first prediction, and the memory it then has."""
+    topics = Topics()
+    for name in ("article", "rich"):
+        waits, sizes = [], []
+        for turn in range(ROUNDS):
+            path = work / f"start-{name}-{turn}.db"
+            run("earshot-worker", "topics", "--broker", f"sqlite:///{path}")
+            broker = SqliteBroker(path, topics)
+            broker.publish([replace(each, topic=topics.audio_in) for each in _messages(chunks, 1)])
+            began = time.perf_counter()
+            command = [*_worker(work / name), "--broker", f"sqlite:///{path}"]
+            with subprocess.Popen(command) as process:
+                wait_for(partial(_answered, broker, topics), "a prediction", 120)
+                waits.append(time.perf_counter() - began)
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+                sizes.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
+                process.terminate()
+            broker.close()
+        note = f"{median(waits):.2f} s to the first prediction, {median(sizes):.0f} MiB resident"
+        yield Row("start, on the embedded broker", f"model {name}", None, note=note)
+
+
+def _answered(broker: SqliteBroker, topics: Topics) -> bool:
+    return any(broker.read([topics.predictions_out]))
+
+
+def _worker(model: Path) -> list[str]:
+    return [str(BIN / "earshot-worker"), "run", "--model", str(model), "--log-level", "error"]
+
+
+def _messages(chunks: Sequence[bytes], count: int) -> list[Message]:
+    """Return chunks of `SOURCES` microphones, over and over, spread evenly over the partitions."""
+    headers = (("content-type", b"audio/wav"),)
+    return [
+        Message("", f"mic-{number % SOURCES}".encode(), chunk, headers, number % PARTITIONS)
+        for number, chunk in enumerate(islice(cycle(chunks), count))
+    ]
