@@ -73,13 +73,13 @@ def cluster(scheduler: str, data: Path | None = None, patience: float = PATIENCE
 
 
 @contextmanager
-def counted(on_done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
-    """Yield what each task calls when it is done, wherever it runs; ``on_done`` hears here how many there are.
+def counted(tasks: int, on_done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
+    """Yield what each of so many tasks calls when it is done, wherever it runs; ``on_done`` hears here how many have.
 
     Within the block, joblib works on the cluster if it did so before, and on threads otherwise: forests
     leave the interpreter to others while they grow, and threads need no copy of the features.
     """
-    count = _Count(on_done)
+    count = _Count(tasks, on_done)
     client = getattr(get_active_backend()[0], "client", None)
     if client is None:
         with joblib.parallel_config(backend="threading"):
@@ -91,20 +91,29 @@ def counted(on_done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         yield _Event(topic)
     finally:
         client.unsubscribe_topic(topic)
+    count.finish()  # events travel on their own, and the last ones may come after the results
 
 
 class _Count:
-    """Counts calls from any thread, and tells each number once, in order."""
+    """Counts calls from any thread up to a number, and tells each count once, in order."""
 
-    def __init__(self, on_done: Callable[[int], None]) -> None:
+    def __init__(self, tasks: int, on_done: Callable[[int], None]) -> None:
+        self._tasks = tasks
         self._on_done = on_done
         self._done = 0
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
         with self._lock:
-            self._done += 1
-            self._on_done(self._done)
+            if self._done < self._tasks:
+                self._done += 1
+                self._on_done(self._done)
+
+    def finish(self) -> None:
+        with self._lock:
+            if self._done < self._tasks:
+                self._done = self._tasks
+                self._on_done(self._done)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ must not know how a grid is searched.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import msgspec
 from trainer.models import ForestSpec
 from worker.errors import Fatal
 
-Grid = dict[str, list[Any]]
+Grid = Mapping[str, Sequence[Any]]
 """Names of `ForestSpec`, each with the values to be tried."""
 
 ARTICLE_GRID: Final[Grid] = {
@@ -61,7 +61,7 @@ def parse(parameters: Iterable[str]) -> Grid:
     Raises:
         Fatal: one of them is no name with values.
     """
-    grid: Grid = {}
+    grid: dict[str, list[Any]] = {}
     for text in parameters:
         name, separator, values = text.partition("=")
         if not separator or not name:

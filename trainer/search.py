@@ -40,7 +40,7 @@ from trainer import metrics
 from trainer.backend import counted
 from trainer.extract import Windows
 from trainer.grid import Grid
-from trainer.listening import Progress
+from trainer.listening import Progress, silent
 from trainer.models import ForestSpec
 from trainer.results import Candidate, Measures, Search
 from trainer.splits import splits
@@ -116,7 +116,7 @@ def search(
     folds: int = 5,
     seed: int = 0,
     jobs: int = -1,
-    on_progress: Progress = lambda _stage, _done, _total: None,
+    on_progress: Progress = silent,
 ) -> Search:
     """Find the best of ``grid`` for ``windows``, and measure it on clips that were not searched with.
 
@@ -148,7 +148,7 @@ def search(
     plan = _plan(strategy, grid, candidates, base, seed)
     fits = len(pairs) * sum(plan.rounds)
     on_progress("searching", 0, fits)
-    with counted(lambda done: on_progress("searching", done, fits)) as tell:
+    with counted(fits, lambda done: on_progress("searching", done, fits)) as tell:
         found = plan.make(
             ClipForest(task=dataset.task, seed=seed, **msgspec.structs.asdict(base)),
             scoring=_Scorer(dataset.task, tell),
