@@ -6,7 +6,6 @@ must not know about folds or models, nor where files are read and where the work
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.cache import Cache
 from trainer.dataset import Clip, Dataset, Index, join_equal_sounds
-from trainer.listening import Progress, Skipped, listen, silent
+from trainer.listening import Progress, Skipped, fingerprint, listen, silent
 from worker.audio import Sound, resample
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
@@ -58,7 +57,7 @@ class Change(Protocol):
 
 
 class Extracted(msgspec.Struct, frozen=True):
-    """What is extracted of one clip: little-endian arrays as bytes, and a hash of its decoded samples.
+    """What is extracted of one clip: little-endian arrays as bytes, and the fingerprint of its sound.
 
     ``features`` is float32, (windows, features); ``starts`` float64 and ``gains`` float32, (windows,).
     """
@@ -93,7 +92,7 @@ class Extraction(NamedTuple):
             featurizer.transform(windows).astype("<f4").tobytes(),
             starts.astype("<f8").tobytes(),
             featurizer.gains(windows).astype("<f4").tobytes(),
-            hashlib.sha256(sound.sample_rate.to_bytes(4, "little") + sound.samples.tobytes()).hexdigest(),
+            fingerprint(sound),
         )
 
 

@@ -9,9 +9,10 @@ A file is decoded once for all of its segments, whole: an hour of mono at 48 kHz
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import joblib
 import msgspec
@@ -22,6 +23,10 @@ from trainer.cache import Cache, key_of
 from trainer.dataset import Clip
 from worker.audio import Sound, from_container, resample
 from worker.errors import BadRecord
+
+FEWEST: Final = 64
+"""Starting processes takes about as long as listening to so many clips. (They halve the time of the rest on two
+cores. Threads do not: features are many small steps in Python, of which only one runs at a time.)"""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
@@ -64,8 +69,8 @@ def listen(
 ) -> list[Found | Skipped]:
     """Return what each task finds out, in their order, from the cache where it is known.
 
-    The rest is done wherever `joblib.parallel_config` says, on the cores of this machine if nothing
-    is said. A Dask cluster's workers must see the files under the same paths.
+    The rest is done wherever `joblib.parallel_config` says, in processes on this machine if nothing is
+    said. A Dask cluster's workers must see the files under the same paths.
 
     Args:
         tasks: clips, and what is to be done with each.
@@ -84,7 +89,8 @@ def listen(
     done = len(tasks) - sum(map(len, missing.values()))
     on_progress(stage, done, len(tasks))
     calls = (joblib.delayed(_listen)(path, [tasks[index] for index in indices]) for path, indices in missing.items())
-    returned = joblib.Parallel(n_jobs=jobs, prefer="processes", return_as="generator")(calls)
+    parallel = joblib.Parallel(n_jobs=jobs if len(tasks) - done >= FEWEST else 1, return_as="generator")
+    returned = parallel(calls)
     for indices, several in zip(missing.values(), returned, strict=True):
         for index, one in zip(indices, several, strict=True):
             results[index] = one
@@ -112,6 +118,11 @@ def read_clip(clip: Clip, sample_rate: int) -> NDArray[np.float32]:
     """
     sound = sound_of(clip)
     return resample(sound.samples, sound.sample_rate, sample_rate)
+
+
+def fingerprint(sound: Sound) -> str:
+    """Return a hash of a sound's samples and rate: equal for equal sound, in whatever container it was."""
+    return hashlib.sha256(sound.sample_rate.to_bytes(4, "little") + sound.samples.tobytes()).hexdigest()
 
 
 def _listen(path: Path, tasks: Sequence[tuple[Clip, Work[Found]]]) -> list[Found | Skipped]:

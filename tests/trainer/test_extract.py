@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from tests.trainer.test_dataset import write_manifest, write_sound
+from trainer import listening
 from trainer.cache import Cache
 from trainer.dataset import Dataset, load
 from trainer.extract import Windows, featurize, too_many_skipped
@@ -115,15 +116,18 @@ def with_comment(wav: bytes) -> bytes:
 
 
 class TestSameEverywhere:
-    def test_on_any_number_of_processes(self, some: Dataset, expected: Windows) -> None:
+    def test_on_any_number_of_processes(
+        self, some: Dataset, expected: Windows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Two processes give the bits of one."""
+        monkeypatch.setattr(listening, "FEWEST", 1)
         assert_equal(expected, featurize(some, FEATURIZER, jobs=2))
 
     def test_on_a_cluster(self, some: Dataset, expected: Windows) -> None:
         """Two processes of a Dask cluster as well."""
         distributed: Any = import_module("distributed")  # it has no types
         with (
-            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
             distributed.Client(cluster),
             joblib.parallel_config("dask"),
         ):
