@@ -162,7 +162,8 @@ def _clipped(full: NDArray[np.bool_]) -> float:
 def _about_classes(counts: dict[str, int]) -> Iterator[str]:
     for name, count in counts.items():
         if count < FEW_CLIPS:
-            yield f"class {name!r} has {count} clip{'s' if count > 1 else ''}: too few to learn it, or to know how well it is learnt"
+            clips = "1 clip" if count == 1 else f"{count} clips"
+            yield f"class {name!r} has {clips}: too few to learn it, or to know how well it is learnt"
     if counts and max(counts.values()) > UNBALANCED * min(counts.values()):
         most, fewest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         yield (

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import joblib
 import msgspec
 import numpy as np
 import pytest
@@ -122,16 +119,6 @@ class TestSameEverywhere:
         """Two processes give the bits of one."""
         monkeypatch.setattr(listening, "FEWEST", 1)
         assert_equal(expected, featurize(some, FEATURIZER, jobs=2))
-
-    def test_on_a_cluster(self, some: Dataset, expected: Windows) -> None:
-        """Two processes of a Dask cluster as well."""
-        distributed: Any = import_module("distributed")  # it has no types
-        with (
-            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-            distributed.Client(cluster),
-            joblib.parallel_config("dask"),
-        ):
-            assert_equal(expected, featurize(some, FEATURIZER))
 
     def test_from_the_cache(self, some: Dataset, expected: Windows, tmp_path: Path) -> None:
         """Cold, and warm: then half of the files are not there to be read."""
