@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
     *("errors", "messages", "audio", "windows", "frames", "statistics", "features", "forest"),
-    *("profile", "drift", "states", "bundle"),
+    *("profile", "calibration", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
     *("config", "security", "broker", "watchdog", "kafka_cluster", "broker_kafka", "broker_sqlite"),
     *("telemetry", "health"),

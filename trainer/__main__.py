@@ -85,10 +85,11 @@ def _fit(arguments: dict[str, Any]) -> int:
         print(msgspec.json.encode(manifest).decode())
         return EXIT_OK
     what = f"{len(manifest.classes)} classes" if manifest.classes else f"{manifest.label} (regression)"
-    print(f"{manifest.clips} clips, {manifest.windows} windows, {what}, {manifest.trees} trees")
+    print(f"{manifest.clips} clips, {manifest.windows} windows, {what}, {manifest.forest['n_estimators']} trees")
     print("held out:")
-    for name, value in manifest.metrics.items():
-        print(f"  {METRICS[name]:36} {_metric(name, value, manifest.label)}")
+    for name, words in METRICS.items():
+        if name in manifest.metrics:
+            print(f"  {words:36} {_metric(name, manifest.metrics[name], manifest.label)}")
     print(f"bundle written to {arguments['out']}")
     return EXIT_OK
 

@@ -1,64 +1,80 @@
-"""What a model is worth on clips it has not seen, and what its world looks like when all is well.
+"""What scores of clips that a forest had not heard say about it.
 
-Everything here is computed out of fold: each window is scored by a forest that was fitted without
-its clip and without any clip of the same group. A profile made from the training scores would
-promise a confidence that no stream can keep.
+This module owns how scores of windows become the verdict on clips: the mean over a clip's windows is
+calibrated, as the worker does with a record, and measured. It must not know how the scores were made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
+from sklearn.metrics import confusion_matrix
 
-from worker.bundle import scores
-from worker.forest import Forest
-from worker.profile import ReferenceProfile, Signal, Vector, raw_signals, signal_names
+from trainer import metrics
+from trainer.calibration import fitted
+from trainer.dataset import Clip, Index
+from trainer.extract import Windows
+from trainer.holdout import HeldOut, Truth
+from trainer.results import Answer, Evaluation, Measures
+from worker.calibration import Calibration
+from worker.profile import Vector
 
-Index = NDArray[np.intp]
-
-WATCHED_FEATURES = 8
-"""How many of the most important features are watched: enough to say what changed, few enough that
-a state stays at a few kilobytes."""
-
-ALWAYS_WATCHED = ("rms.mean", "centroid.mean", "bandwidth.mean", "flatness.mean")
-"""Watched whatever their importance: level, colour and noise are what a microphone changes when it goes bad."""
+NOT_ASKED: Final[Mapping[str, float]] = {}
 
 
-def held_out_scores(
-    make: Callable[[], Any],
-    features: NDArray[np.float32],
-    targets: NDArray[Any],
-    owner: Index,
-    splits: Iterable[tuple[Index, Index]],
+def of_scores(
+    windows: Windows,
+    truth: Truth,
+    held: HeldOut,
+    calibrations: Sequence[Calibration],
     *,
-    outputs: int,
-) -> Vector:
-    """Score every window by a forest that knows neither its clip nor its group.
+    how: str,
+    leaky: Mapping[str, float] = NOT_ASKED,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure the scores of held-out windows.
 
     Args:
-        make: returns a new, unfitted scikit-learn forest.
-        features: shape (windows, features).
-        targets: class index or value of each window, shape (windows,).
-        owner: the clip of each window, shape (windows,).
-        splits: training and held-out clips of each fold.
-        outputs: how many scores a window has: the number of classes, or 2 for a regressor.
-
-    Returns:
-        Shape (windows, outputs); NaN where a window was held out by no fold.
+        windows: of all clips.
+        truth: what they are.
+        held: their scores; clips that were not tested are left out.
+        calibrations: one for each fold, as by `cross_fitted`.
+        how: one sentence about how clips were held out.
+        leaky: what a random split of the windows claims.
+        seed: of the bootstrap.
     """
-    result = np.full((len(features), outputs), np.nan)
-    for train, test in splits:
-        fitted, held = np.isin(owner, train), np.isin(owner, test)
-        forest = make().fit(features[fitted], targets[fitted])
-        columns = forest.classes_ if hasattr(forest, "classes_") else np.arange(outputs)
-        # A class that stands in no clip of this fold's training data has no column, and gets zero.
-        result[held] = 0.0
-        result[np.ix_(held, columns)] = scores(Forest.from_sklearn(forest), features[held])
-    return result
+    tested = np.flatnonzero(held.fold >= 0)
+    scores, fold = held.scores[tested], held.fold[tested]
+    owner, targets = windows.owner[tested], truth.targets[tested]
+    numbers, first = np.unique(owner, return_index=True)
+    clips = [windows.dataset.clips[number] for number in numbers]
+    groups = np.array([clip.group for clip in clips])
+    told = _apply(calibrations, by_clip(scores, owner, numbers), fold[first])
+    said = _apply(calibrations, scores, fold)
+    known = targets[first]
+    named = bool(truth.classes)
+    return Evaluation(
+        task=windows.dataset.task,
+        label=windows.dataset.label,
+        classes=truth.classes,
+        how=how,
+        clip=measures(told, known, groups, seed=seed),
+        window=measures(said, targets, groups[np.searchsorted(numbers, owner)], seed=seed),
+        leaky=dict(leaky),
+        per_class=metrics.per_class(told, known, truth.classes, windows.dataset.background) if named else (),
+        confusion=_confusion(told, known, len(truth.classes)) if named else (),
+        reliability=metrics.reliability(scores, said, targets) if named else None,
+        answers=tuple(_answer(clip, row, truth.classes) for clip, row in zip(clips, told.tolist(), strict=True)),
+    )
+
+
+def measures(scores: Vector, targets: NDArray[Any], groups: NDArray[Any], *, seed: int = 0) -> Measures:
+    """Return the measures of `trainer.metrics` for the scores of a classifier (whole targets) or a regressor."""
+    measure = metrics.classification if targets.dtype.kind == "i" else metrics.regression
+    return measure(scores, targets, groups, seed=seed)
 
 
 def by_clip(values: Vector, owner: Index, clips: Index) -> Vector:
@@ -66,58 +82,33 @@ def by_clip(values: Vector, owner: Index, clips: Index) -> Vector:
     return np.array([values[owner == clip].mean(axis=0) for clip in clips])
 
 
-def classification_metrics(probabilities: Vector, targets: NDArray[np.intp], owner: Index) -> dict[str, float]:
-    """Return accuracy and macro-F1 of clips, and the accuracy of single windows."""
-    clips, first = np.unique(owner, return_index=True)
-    found = by_clip(probabilities, owner, clips).argmax(axis=1)
-    truth = targets[first]
-    return {
-        "accuracy": float(accuracy_score(truth, found)),
-        "macro_f1": float(f1_score(truth, found, average="macro")),
-        "window_accuracy": float(accuracy_score(targets, probabilities.argmax(axis=1))),
-    }
+def cross_fitted(held: HeldOut, truth: Truth, trees: int) -> list[Calibration]:
+    """Return a calibration for each fold that is fitted to all others, so that none is judged by what it knows."""
+    found = []
+    for fold in range(held.fold.max() + 1):
+        others = (held.fold >= 0) & (held.fold != fold)
+        rows = others if others.any() else held.fold >= 0
+        found.append(fitted(held.scores[rows], truth.targets[rows], trees=trees, classifier=bool(truth.classes)))
+    return found
 
 
-def regression_metrics(values: Vector, targets: Vector, owner: Index) -> dict[str, float]:
-    """Return mean absolute error and R² of clips, and the mean absolute error of single windows."""
-    clips, first = np.unique(owner, return_index=True)
-    found = by_clip(values[:, 0], owner, clips)
-    truth = targets[first]
-    return {
-        "mae": float(mean_absolute_error(truth, found)),
-        "r2": float(r2_score(truth, found)),
-        "window_mae": float(mean_absolute_error(targets, values[:, 0])),
-    }
+def _apply(calibrations: Sequence[Calibration], scores: Vector, fold: Index) -> Vector:
+    """Return ``scores``, each row calibrated for its fold."""
+    result = [calibrations[each].apply(scores[fold == each]) for each in np.unique(fold)]
+    order = np.argsort(fold, kind="stable")
+    calibrated = np.empty((len(scores), result[0].shape[1]))
+    calibrated[order] = np.concatenate(result)
+    return calibrated
 
 
-def watched_features(importances: Vector, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the most important features, and of `ALWAYS_WATCHED` those that there are."""
-    ranked = [names[index] for index in np.argsort(-importances, kind="stable")[:WATCHED_FEATURES]]
-    return (*ranked, *(name for name in ALWAYS_WATCHED if name in names and name not in ranked))
+def _confusion(told: Vector, targets: NDArray[np.intp], classes: int) -> tuple[tuple[int, ...], ...]:
+    counts = confusion_matrix(targets, told.argmax(axis=1), labels=range(classes))
+    return tuple(tuple(row) for row in counts.tolist())
 
 
-def reference_profile(
-    held_out: Vector,
-    features: NDArray[np.float32],
-    *,
-    classes: tuple[str, ...],
-    watched: tuple[str, ...],
-    names: tuple[str, ...],
-) -> ReferenceProfile:
-    """Return mean and spread of every watched signal over the held-out windows.
-
-    A signal that never varies (a class that is never predicted) gets a spread of one in its own
-    unit: there is nothing to measure a change by, and any other number would be made up.
-    """
-    columns = [names.index(name) for name in watched]
-    raw = raw_signals(held_out, features, columns, classifier=bool(classes))
-    spread = raw.std(axis=0)
-    spread[spread < 1e-12] = 1.0
-    return ReferenceProfile(
-        tuple(
-            Signal(name, mean, deviation)
-            for name, mean, deviation in zip(
-                signal_names(classes, watched), raw.mean(axis=0).tolist(), spread.tolist(), strict=True
-            )
-        )
-    )
+def _answer(clip: Clip, told: Sequence[float], classes: Sequence[str]) -> Answer:
+    if not classes:
+        value, _, low, high = told
+        return Answer(clip.name, clip.label, f"{value:.6g}", low=low, high=high)
+    confidence = max(told)
+    return Answer(clip.name, clip.label, classes[told.index(confidence)], confidence)

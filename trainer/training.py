@@ -2,7 +2,7 @@
 
 1. Decode each clip and cut it into the very windows that the worker will cut: train as you serve.
 2. Score every window by a forest that has not seen its clip, nor any clip of its group.
-3. Measure those scores, and keep their mean and spread as what normal looks like.
+3. Measure those scores, calibrate them, and keep their mean and spread as what normal looks like.
 4. Fit the forest that is shipped, on everything.
 5. Pick golden clips, run them through all of serving, and write the bundle.
 
@@ -12,26 +12,33 @@ With the same clips, settings and versions the forest is the same to the bit, on
 from __future__ import annotations
 
 import io
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import wavfile
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
-from trainer import evaluation
-from trainer.dataset import Dataset, data_hash
-from trainer.evaluation import Index
-from trainer.extract import Progress, Skipped, Windows, featurize
-from trainer.splits import splits
+from trainer.dataset import Clip, Dataset, Index, data_hash
+from trainer.extract import Windows, featurize
+from trainer.holdout import Truth, truth_of
+from trainer.listening import Progress, Skipped, silent, sound_of
+from trainer.models import ForestSpec
+from trainer.reference import reference_profile, watched_features
+from trainer.results import Evaluation, FamilyImportance, Kept, Search
+from trainer.validation import Validation, cross_validate
 from worker import bundle
-from worker.audio import UNLIMITED, from_container
 from worker.bundle import Manifest
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
+from worker.profile import ReferenceProfile
+
+COMPACT_SPEC: Final = FeatureSpec()
+HUNDRED_TREES: Final = ForestSpec()
 
 GOLDEN_CLIPS: Final = 8
 """Enough to meet most classes; each costs a few milliseconds whenever the bundle is loaded."""
@@ -39,11 +46,16 @@ GOLDEN_CLIPS: Final = 8
 GOLDEN_WINDOWS: Final = 2.0
 """The length of a golden clip in windows: more than one, so that windowing is replayed as well."""
 
+UNNAMEABLE: Final = re.compile(r"[^A-Za-z0-9._-]+")
+"""What cannot stand in a URI, and so not in the name of a model."""
+
 
 class Fitted(NamedTuple):
     """What a training has brought."""
 
     manifest: Manifest
+    evaluation: Evaluation
+    importances: tuple[FamilyImportance, ...]
     skipped: list[Skipped]
 
 
@@ -51,21 +63,27 @@ def fit(
     dataset: Dataset,
     out: Path,
     *,
-    name: str,
-    spec: FeatureSpec,
-    trees: int = 100,
+    name: str | None = None,
+    spec: FeatureSpec = COMPACT_SPEC,
+    forest: ForestSpec = HUNDRED_TREES,
+    trees: int | None = None,
+    folds: int = 5,
+    search: Search | None = None,
     seed: int = 0,
     jobs: int = -1,
-    on_progress: Progress = lambda _stage, _done, _total: None,
+    on_progress: Progress = silent,
 ) -> Fitted:
     """Train a model on ``dataset`` and write it to ``out``.
 
     Args:
         dataset: the labelled clips; its task decides between a classifier and a regressor.
         out: the folder of the bundle; a bundle that stands there is replaced.
-        name: what predictions call the model.
+        name: what predictions call the model; by default what the folder is called.
         spec: the features, and the windows they are computed from.
-        trees: the size of the forest.
+        forest: what is grown.
+        trees: how many, if ``forest`` is to have another number than it says.
+        folds: how many, if the data set has none of its own.
+        search: how the settings of the forest were found, to be told with the model.
         seed: of the forest and of the splits.
         jobs: processor cores to use; -1 is all of them. The result does not depend on it.
         on_progress: told how far the work is.
@@ -75,96 +93,88 @@ def fit(
             at this rate, or ``out`` is something else.
     """
     bundle.check_replaceable(out)
+    if trees is not None:
+        forest = msgspec.structs.replace(forest, n_estimators=trees)
     try:
         featurizer = Featurizer(spec)
     except ValueError as error:
         raise Fatal(str(error)) from error
     windows = featurize(dataset, featurizer, jobs=jobs, on_progress=on_progress)
-    targets, classes = _targets(windows)
-    held_out = _held_out(windows, targets, classes, trees=trees, seed=seed, jobs=jobs, on_progress=on_progress)
-    metrics = (
-        evaluation.classification_metrics(held_out, targets, windows.owner)
-        if classes
-        else evaluation.regression_metrics(held_out, targets, windows.owner)
+    truth = truth_of(windows)
+    validation = cross_validate(
+        windows, truth, featurizer, forest, n_splits=folds, seed=seed, jobs=jobs, on_progress=on_progress
     )
-    labels = np.array(classes)[targets] if classes else targets
+    labels = np.array(truth.classes)[truth.targets] if truth.classes else truth.targets
     on_progress("fitting the forest", 0, 1)
-    forest = _forest(dataset.task, trees, seed, jobs).fit(windows.features, labels)
-    forest.n_jobs = None  # how many cores trained it is nobody's business, and would change its bytes
+    model = forest.make(dataset.task, seed=seed, jobs=jobs).fit(windows.features, labels)
+    model.n_jobs = None  # how many cores trained it is nobody's business, and would change its bytes
     on_progress("fitting the forest", 1, 1)
-    watched = evaluation.watched_features(forest.feature_importances_, featurizer.feature_names)
-    flat = Forest.from_sklearn(forest)
+    flat = Forest.from_sklearn(model)
+    watched = watched_features(model.feature_importances_, featurizer.feature_names)
+    clips = windows.dataset.clips
+    kept = Kept(validation.evaluation, validation.importances, search, {clip.name: clip.sha256 for clip in clips})
     manifest = bundle.write(
         out,
         {
-            "name": name,
+            "name": UNNAMEABLE.sub("-", name or out.resolve().name),
             "created": datetime.now(UTC).replace(microsecond=0),
             "task": dataset.task,
             "label": dataset.label,
-            "classes": classes,
+            "classes": truth.classes,
             "watched": watched,
-            "metrics": metrics,
+            "metrics": _metrics(validation.evaluation),
+            "calibration": validation.calibration,
+            "forest": msgspec.to_builtins(forest),
+            "augmentation": None,
+            "validation": {"folds": folds},
+            "search": _told(search),
             "seed": seed,
-            "trees": trees,
-            "clips": len(windows.dataset.clips),
+            "clips": len(clips),
             "windows": len(windows.owner),
             "data_hash": data_hash(windows.dataset),
         },
         featurizer=featurizer,
-        forest=forest,
-        profile=evaluation.reference_profile(
-            held_out, windows.features, classes=classes, watched=watched, names=featurizer.feature_names
-        ),
+        forest=model,
+        profile=_profile(windows, truth, validation, featurizer, watched),
         goldens=[
-            bundle.golden(featurizer, flat, _excerpt(windows.dataset.clips[clip].path, spec))
-            for clip in _golden_clips(windows.owner, targets)
+            bundle.golden(featurizer, flat, _excerpt(clips[number], spec))
+            for number in _golden_clips(windows.owner, truth.targets)
         ],
+        documents=lambda _manifest: {bundle.EVALUATION: msgspec.json.format(msgspec.json.encode(kept)).decode()},
     )
-    return Fitted(manifest, windows.skipped)
+    return Fitted(manifest, validation.evaluation, validation.importances, windows.skipped)
 
 
-def _targets(windows: Windows) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Return what each window should be predicted as: class indices and the classes, or values and no class."""
-    labels = [clip.label for clip in windows.dataset.clips]
-    if windows.dataset.task == "regression":
-        return np.array([float(label) for label in labels])[windows.owner], ()
-    classes, codes = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise Fatal(f"all usable clips have the label {labels[0]!r}: a classifier needs at least two classes")
-    return codes[windows.owner], tuple(classes.tolist())
+def _metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Return the measures of clips by their names, and those of windows with ``window_`` before it."""
+    clips = {name: measure.value for name, measure in evaluation.clip.items()}
+    return clips | {f"window_{name}": measure.value for name, measure in evaluation.window.items()}
 
 
-def _held_out(
-    windows: Windows,
-    targets: NDArray[Any],
-    classes: tuple[str, ...],
-    *,
-    trees: int,
-    seed: int,
-    jobs: int,
-    on_progress: Progress,
-) -> NDArray[np.float64]:
-    folds = splits(windows.dataset, seed=seed)
+def _told(search: Search | None) -> dict[str, Any] | None:
+    """Return what a manifest tells of a search: nothing that differs between two runs, as seconds do."""
+    if search is None:
+        return None
+    return {
+        "strategy": search.strategy,
+        "scoring": search.scoring,
+        "candidates": len(search.candidates),
+        "best": search.best,
+    }
 
-    def announced() -> Any:
-        for done, fold in enumerate(folds):
-            on_progress("testing on held-out clips", done, len(folds))
-            yield fold
-        on_progress("testing on held-out clips", len(folds), len(folds))
 
-    return evaluation.held_out_scores(
-        lambda: _forest(windows.dataset.task, trees, seed, jobs),
-        windows.features,
-        targets,
-        windows.owner,
-        announced(),
-        outputs=len(classes) or 2,
+def _profile(
+    windows: Windows, truth: Truth, validation: Validation, featurizer: Featurizer, watched: tuple[str, ...]
+) -> ReferenceProfile:
+    tested = validation.held.fold >= 0
+    return reference_profile(
+        validation.calibration.apply(validation.held.scores[tested]),
+        windows.features[tested],
+        windows.gains[tested] if featurizer.spec.level_dbfs is not None else None,
+        classes=truth.classes,
+        watched=watched,
+        names=featurizer.feature_names,
     )
-
-
-def _forest(task: str, trees: int, seed: int, jobs: int) -> Any:
-    kind = RandomForestRegressor if task == "regression" else RandomForestClassifier
-    return kind(n_estimators=trees, random_state=seed, n_jobs=jobs)
 
 
 def _golden_clips(owner: Index, targets: NDArray[Any]) -> list[int]:
@@ -174,9 +184,9 @@ def _golden_clips(owner: Index, targets: NDArray[Any]) -> list[int]:
     return [int(clip) for clip in owner[chosen]]
 
 
-def _excerpt(path: Path, spec: FeatureSpec) -> bytes:
+def _excerpt(clip: Clip, spec: FeatureSpec) -> bytes:
     """Return the beginning of a clip as a WAV file at its own rate, so that resampling is replayed too."""
-    sound = from_container(path.read_bytes(), UNLIMITED)
+    sound = sound_of(clip)
     samples = sound.samples[: round(GOLDEN_WINDOWS * spec.window_seconds * sound.sample_rate)]
     buffer = io.BytesIO()
     wavfile.write(buffer, sound.sample_rate, samples)  # libsndfile would put the time into a WAV file of floats

@@ -5,6 +5,7 @@
     forest.joblib       the fitted scikit-learn forest
     profile.json        what normal looked like (`worker.profile`)
     golden.npz          clips, and the features and scores that the trainer got from them
+    evaluation.json, README.md, report.html   for people: what was found out in training
 
 Loading goes in steps, each of which may refuse: the manifest reads, every file has its hash (only
 now is anything unpickled: a hash shows damage, not a forger, who could write a manifest as well),
@@ -18,7 +19,7 @@ import io
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker import audio
+from worker.calibration import Calibration
 from worker.errors import BadModel, BadRecord, Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
 from worker.messages import ModelId
 from worker.profile import ReferenceProfile, Vector, signal_names
+from worker.windows import Waveform
 
 FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
@@ -43,6 +46,12 @@ FOREST: Final = "forest.joblib"
 PROFILE: Final = "profile.json"
 GOLDEN: Final = "golden.npz"
 FILES: Final = (FEATURIZER, FOREST, PROFILE, GOLDEN)
+
+EVALUATION: Final = "evaluation.json"
+CARD: Final = "README.md"
+REPORT: Final = "report.html"
+DOCUMENTS: Final = (EVALUATION, CARD, REPORT)
+"""What people read. A model is served without them, so they are not verified, and may be taken away."""
 
 VERSIONED: Final = ("earshot", "scikit-learn", "numpy", "scipy", "librosa", "joblib")
 
@@ -56,7 +65,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     ``label`` is the trained column, ``classes`` the classes in the order of the scores (none for
     a regressor), ``watched`` the features among the signals of the profile, ``metrics`` what was
-    measured on clips that the forest had not seen.
+    measured on clips that the forest had not seen. ``forest`` has scikit-learn's settings,
+    ``augmentation`` those of the copies that were trained on beside the clips, ``validation`` how clips were
+    held out, and ``search`` what the settings of the forest were chosen from, and how.
     """
 
     format: int
@@ -68,8 +79,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     spec: FeatureSpec
     watched: tuple[str, ...]
     metrics: dict[str, float]
+    calibration: Calibration
+    forest: dict[str, Any]
+    augmentation: dict[str, Any] | None
+    validation: dict[str, Any]
+    search: dict[str, Any] | None
     seed: int
-    trees: int
     clips: int
     windows: int
     data_hash: str
@@ -106,13 +121,56 @@ class Bundle:
         self._goldens = goldens
 
     def scores(self, features: NDArray[np.float32]) -> Vector:
-        """Return what the forest says of each row of ``features``, shape (n, features).
+        """Return what the forest itself says of each row of ``features``, shape (n, features).
 
         Returns:
             The probability of each class, shape (n, classes); for a regressor the value and the
             standard deviation over the trees, shape (n, 2).
         """
         return scores(self._forest, features)
+
+    def answers(self, records: Sequence[NDArray[np.float32]]) -> Vector:
+        """Return what is said of records, each of them the features of its windows, shape (windows, features).
+
+        Returns:
+            The calibrated mean over the windows: the probability of each class, shape (n, classes); for a
+            regressor the value, the spread of the trees and the ends of the interval, shape (n, 4).
+        """
+        scores = self.scores(np.concatenate(records))
+        ends = np.cumsum([len(record) for record in records])
+        means = [mean(scores[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]
+        return self.manifest.calibration.apply(np.array(means))
+
+    def predict(self, waveforms: Sequence[Waveform]) -> list[str] | Vector:
+        """Return the class, or the value, of each waveform.
+
+        Args:
+            waveforms: each of shape (samples,), float32 with full scale at 1 or int16, at the sample rate of
+                ``manifest.spec``, of any length.
+
+        Raises:
+            ValueError: a waveform has another shape, or no sample.
+            TypeError: a waveform is neither float32 nor int16.
+        """
+        if not len(waveforms):
+            return []
+        answers = self._heard(waveforms)
+        if self.manifest.task == "regression":
+            return answers[:, 0]
+        return [self.manifest.classes[best] for best in answers.argmax(axis=1)]
+
+    def predict_proba(self, waveforms: Sequence[Waveform]) -> Vector:
+        """Return the probability of each of ``manifest.classes`` for each waveform, shape (n, classes).
+
+        Raises:
+            TypeError: the model is a regressor. For waveforms see `predict`.
+        """
+        if self.manifest.task == "regression":
+            raise TypeError("this model is a regressor and has no probabilities; call predict")
+        return self._heard(waveforms) if len(waveforms) else np.empty((0, len(self.manifest.classes)))
+
+    def _heard(self, waveforms: Sequence[Waveform]) -> Vector:
+        return self.answers([self.featurizer.transform(self.featurizer.windows(each)) for each in waveforms])
 
     def replay(self) -> None:
         """Hold the golden clips against what the trainer saw.
@@ -155,6 +213,12 @@ def scores(forest: Forest, features: NDArray[np.float32]) -> Vector:
     return np.column_stack(forest.predict(features))
 
 
+def mean(windows: NDArray[Any]) -> NDArray[Any]:
+    """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
+    mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
+    return mean
+
+
 def golden(featurizer: Featurizer, forest: Forest, wav: bytes) -> Golden:
     """Run a clip through the whole of serving and keep what came out."""
     windows = _golden_windows(featurizer, wav)
@@ -170,6 +234,7 @@ def write(
     forest: Any,
     profile: ReferenceProfile,
     goldens: Sequence[Golden],
+    documents: Callable[[Manifest], Mapping[str, str]] = lambda _manifest: {},
 ) -> Manifest:
     """Write a bundle to ``path``, whole or not at all, in place of a bundle that stands there.
 
@@ -180,6 +245,7 @@ def write(
         forest: the fitted scikit-learn forest.
         profile: the reference profile.
         goldens: clips to be replayed whenever the bundle is loaded.
+        documents: makes `DOCUMENTS`, by name, for the complete manifest.
 
     Raises:
         Fatal: ``path`` exists and is no bundle.
@@ -199,6 +265,7 @@ def write(
         **manifest,
     )
     contents[MANIFEST] = msgspec.json.format(msgspec.json.encode(complete)) + b"\n"
+    contents |= {name: text.encode() for name, text in documents(complete).items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         for name, content in contents.items():
@@ -232,7 +299,7 @@ def check_replaceable(path: Path) -> None:
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise Fatal(f"cannot write to {path}: {error}; name another folder") from error
-    if names and names != {MANIFEST, *FILES}:
+    if names and names - set(DOCUMENTS) != {MANIFEST, *FILES}:
         raise Fatal(f"{path} exists and is no model bundle: name another folder, or remove it")
 
 
@@ -262,7 +329,9 @@ def load(path: Path) -> Bundle:
         flat = Forest.from_sklearn(forest)
         _expect(f"the classes of {FOREST}", flat.classes or (), manifest.classes)
         _expect(f"the features of {FOREST}", flat.n_features, len(featurizer.feature_names))
-        _expect(f"the signals of {PROFILE}", profile.names, signal_names(manifest.classes, manifest.watched))
+        levelled = manifest.spec.level_dbfs is not None
+        signals = signal_names(manifest.classes, manifest.watched, levelled=levelled)
+        _expect(f"the signals of {PROFILE}", profile.names, signals)
         bundle = Bundle(manifest, identity, featurizer, flat, profile, _unpack(contents[GOLDEN]))
     except (ValueError, msgspec.MsgspecError) as error:
         raise BadModel(f"the parts of {path} do not fit each other: {error}") from error

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker import audio, messages
-from worker.bundle import Bundle
+from worker.bundle import Bundle, mean
 from worker.errors import BadRecord, EarshotError, Fatal
 from worker.messages import Chunk, Classification, Prediction, Record, Regression
 from worker.profile import Vector, raw_signals
@@ -48,11 +48,15 @@ class Heard(NamedTuple):
 
 
 class _Features(NamedTuple):
-    """A record whose sound is done with: the features of its windows, shape (windows, features)."""
+    """A record whose sound is done with: the features of its windows, shape (windows, features).
+
+    ``gain`` is the mean of the windows' in dB, if the model levels them.
+    """
 
     record: Record
     chunk: Chunk
     features: NDArray[np.float32]
+    gain: float | None
     seconds: float
     padded: bool
 
@@ -115,40 +119,52 @@ class Hearing:
         chunk = messages.decode(record)
         featurizer = self._bundle.featurizer
         sound = audio.waveform(chunk.data, chunk.content_type, featurizer.spec.sample_rate, self._limits)
-        features = featurizer.transform(featurizer.windows(sound.samples))
-        return _Features(record, chunk, features, sound.duration, len(sound.samples) < featurizer.spec.window_samples)
+        windows = featurizer.windows(sound.samples)
+        features = featurizer.transform(windows)
+        gain = None if featurizer.spec.level_dbfs is None else float(featurizer.gains(windows).mean())
+        padded = len(sound.samples) < featurizer.spec.window_samples
+        return _Features(record, chunk, features, gain, sound.duration, padded)
 
     def _predict_one(self, prepared: _Features) -> Heard:
         return self._predict([prepared])[0]
 
     def _predict(self, prepared: Sequence[_Features]) -> list[Heard]:
-        """Predict a batch in one call; scores and features of a record are the means over its windows."""
+        """Predict a batch in one call; answers and features of a record are means over its windows."""
         if not prepared:
             return []
         bundle = self._bundle
-        scores = bundle.scores(np.concatenate([each.features for each in prepared]))
-        ends = np.cumsum([len(each.features) for each in prepared])
-        spans = [slice(end - len(each.features), end) for end, each in zip(ends, prepared, strict=True)]
-        means = np.array([_mean(scores[span]) for span in spans])
-        features = np.array([_mean(each.features) for each in prepared], np.float32)
+        answers = bundle.answers([each.features for each in prepared])
+        features = np.array([mean(each.features) for each in prepared], np.float32)
+        levelled = bundle.manifest.spec.level_dbfs is not None
+        gains = np.array([each.gain for each in prepared], np.float32) if levelled else None
         classifier = bundle.manifest.task == "classification"
-        signals = bundle.profile.standardise(raw_signals(means, features, bundle.watched, classifier=classifier))
+        raw = raw_signals(answers, features, bundle.watched, gains, classifier=classifier)
         return [
             Heard(each.chunk, self._prediction(each, row), observation)
-            for each, row, observation in zip(prepared, means, signals, strict=True)
+            for each, row, observation in zip(prepared, answers, bundle.profile.standardise(raw), strict=True)
         ]
 
-    def _prediction(self, heard: _Features, scores: Vector) -> Prediction:
+    def _prediction(self, heard: _Features, answer: Vector) -> Prediction:
         manifest = self._bundle.manifest
         place = messages.position(heard.record, heard.chunk.time)
         source, seconds, windows = heard.chunk.source, heard.seconds, len(heard.features)
         if manifest.task == "regression":
-            value, spread = scores.tolist()
+            value, spread, low, high = answer.tolist()
             return Regression(
-                source, manifest.label, value, spread, seconds, windows, heard.padded, place, self._bundle.id
+                source,
+                manifest.label,
+                value,
+                low,
+                high,
+                spread,
+                seconds,
+                windows,
+                heard.padded,
+                place,
+                self._bundle.id,
             )
-        best = int(np.argmax(scores))
-        probabilities = dict(zip(manifest.classes, scores.tolist(), strict=True))
+        best = int(np.argmax(answer))
+        probabilities = dict(zip(manifest.classes, answer.tolist(), strict=True))
         label = manifest.classes[best]
         return Classification(
             source,
@@ -161,9 +177,3 @@ class Hearing:
             place,
             self._bundle.id,
         )
-
-
-def _mean(windows: NDArray[Any]) -> NDArray[Any]:
-    """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
-    mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
-    return mean

@@ -172,13 +172,16 @@ class Classification(msgspec.Struct, frozen=True, gc=False, tag_field="task", ta
 class Regression(msgspec.Struct, frozen=True, gc=False, tag_field="task", tag="regression"):
     """What was measured in one record, by a regressor.
 
-    ``value`` is in ``unit`` (the trained column), and ``spread`` is the standard deviation over
-    the trees of the forest, in the same unit.
+    ``value`` is in the unit of ``target`` (the trained column), and so are ``low`` and ``high``, between
+    which 90 % of what was held out in training lay, and ``spread``, the standard deviation over the trees of
+    the forest.
     """
 
     source: str
     target: str
     value: float
+    low: float
+    high: float
     spread: float
     duration: float
     windows: int

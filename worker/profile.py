@@ -13,13 +13,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.features import LEVEL_GAIN
+
 Vector = NDArray[np.float64]
 
 
 class Signal(msgspec.Struct, frozen=True):
     """A watched number with its mean and spread (standard deviation, positive) over the training data.
 
-    ``name`` is one of ``confidence``, ``share.<class>``, ``value``, ``spread``, ``feature.<name>``.
+    ``name`` is one of ``confidence``, ``share.<class>``, ``value``, ``spread``, ``feature.<name>``,
+    ``level.gain`` (dB).
     """
 
     name: str
@@ -51,20 +54,32 @@ class ReferenceProfile(msgspec.Struct, frozen=True):
         return standardised
 
 
-def signal_names(classes: Sequence[str], watched: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all signals of a model with these classes (none: a regressor) and watched features."""
+def signal_names(classes: Sequence[str], watched: Sequence[str], *, levelled: bool = False) -> tuple[str, ...]:
+    """Return the names of all signals of a model with these classes (none: a regressor) and watched features.
+
+    A model that levels its windows has their gain as the last signal: what is louder or quieter looks the same
+    to its features, and is still a change.
+    """
     scores = ("confidence", *(f"share.{label}" for label in classes)) if classes else ("value", "spread")
-    return (*scores, *(f"feature.{name}" for name in watched))
+    return (*scores, *(f"feature.{name}" for name in watched), *([LEVEL_GAIN] if levelled else []))
 
 
-def raw_signals(scores: Vector, features: NDArray[np.float32], watched: Sequence[int], *, classifier: bool) -> Vector:
+def raw_signals(
+    scores: Vector,
+    features: NDArray[np.float32],
+    watched: Sequence[int],
+    gains: NDArray[np.float32] | None = None,
+    *,
+    classifier: bool,
+) -> Vector:
     """Return the signals of a batch of records, in their own units.
 
     Args:
         scores: for a classifier the probabilities, shape (n, classes); for a regressor the value
-            and the spread over the trees, shape (n, 2).
+            and the spread over the trees, shape (n, 2), with or without columns behind them.
         features: the feature matrix, shape (n, features).
         watched: the columns of ``features`` to watch.
+        gains: of a model that levels its windows, by how many dB, shape (n,).
         classifier: which of the two kinds of scores these are.
 
     Returns:
@@ -73,4 +88,7 @@ def raw_signals(scores: Vector, features: NDArray[np.float32], watched: Sequence
     if classifier:
         chosen = np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
         scores = np.column_stack([scores.max(axis=1), chosen])
-    return np.column_stack([scores, features[:, list(watched)]]).astype(np.float64, copy=False)
+    else:
+        scores = scores[:, :2]
+    columns = [scores, features[:, list(watched)], *([] if gains is None else [gains])]
+    return np.column_stack(columns).astype(np.float64, copy=False)

@@ -293,7 +293,7 @@ def _heard(prediction: Prediction) -> str:
 
 
 def _measured(regression: Regression) -> str:
-    return f"{regression.value:.4g} ± {regression.spread:.2g}"
+    return f"{regression.value:.4g} ({regression.low:.4g} to {regression.high:.4g})"
 
 
 def _place(at: Record | Rejection | Note) -> str:

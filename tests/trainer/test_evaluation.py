@@ -1,118 +1,50 @@
-"""Evaluation: no window is scored by a forest that saw its clip, and every figure is what it says."""
+"""Evaluation: clips are judged as the worker judges a record, and every figure is what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score
 
-from trainer.evaluation import (
-    ALWAYS_WATCHED,
-    WATCHED_FEATURES,
-    Index,
-    by_clip,
-    classification_metrics,
-    held_out_scores,
-    reference_profile,
-    regression_metrics,
-    watched_features,
-)
+from trainer.calibration import fitted
+from trainer.dataset import Clip, Dataset, Index
+from trainer.evaluation import by_clip, cross_fitted, of_scores
+from trainer.extract import Windows
+from trainer.holdout import HeldOut, Truth
+from trainer.results import Evaluation
 from worker import bundle
 from worker.audio import UNLIMITED, waveform
+from worker.calibration import Calibration, ConformalInterval, TemperatureScaling
 from worker.drift import DriftPolicy
 from worker.messages import Classification, Record, Topics
 from worker.pipeline import Pipeline
+from worker.profile import Vector
 from worker.states import Retention
 
-CLIPS = 12
-OWNER = np.repeat(np.arange(CLIPS), 3)
-FEATURES = np.random.default_rng(0).normal(size=(len(OWNER), 4)).astype(np.float32)
-FEATURES[:, 0] = np.arange(len(OWNER))  # a row's number, so that it is known wherever it turns up
+UNCHANGED = TemperatureScaling(16, 1e-12)
 
 
-def split(*tests: Sequence[int]) -> list[tuple[Index, Index]]:
-    """Return folds in which these clips are held out, one fold after the other."""
-    everything = np.arange(CLIPS)
-    return [(np.setdiff1d(everything, test), np.array(test, np.intp)) for test in tests]
+def windows_of(owner: Index, labels: list[str], groups: list[str] | None = None, *, quantity: bool = False) -> Windows:
+    """Return windows of clips that lie nowhere, without features."""
+    clips = tuple(
+        Clip(Path(), f"{n}.wav", label, groups[n] if groups else str(n), None, str(n)) for n, label in enumerate(labels)
+    )
+    dataset = Dataset(clips, "label", "regression" if quantity else "classification", background=("noise",))
+    zeros = np.zeros(len(owner))
+    return Windows(dataset, np.zeros((len(owner), 0), np.float32), owner, zeros, owner * 0, zeros.astype("f4"), [])
 
 
-THIRDS = split(range(4), range(4, 8), range(8, 12))
-
-
-class Recording:
-    """Makes forests that note which rows they were fitted on, and is itself what notes them."""
-
-    def __init__(self, kind: Callable[..., Any]) -> None:
-        self.kind = kind
-        self.fitted_on: list[set[int]] = []
-
-    def __call__(self) -> Any:
-        forest = self.kind(n_estimators=5, random_state=0)
-        fit = forest.fit
-
-        def noted(features: NDArray[np.float32], targets: NDArray[Any]) -> Any:
-            self.fitted_on.append(set(features[:, 0].astype(int).tolist()))
-            return fit(features, targets)
-
-        forest.fit = noted
-        return forest
-
-
-class TestHeldOutScores:
-    def test_no_forest_scores_a_clip_that_it_saw(self) -> None:
-        """Each fold has a new forest, fitted on all windows of its training clips and on no others."""
-        make = Recording(RandomForestClassifier)
-        held_out_scores(make, FEATURES, OWNER % 2, OWNER, THIRDS, outputs=2)
-        expected = [set(np.flatnonzero(np.isin(OWNER, train)).tolist()) for train, _ in THIRDS]
-        assert expected == make.fitted_on
-
-    def test_scores_are_those_of_the_fold_that_held_the_clip_out(self) -> None:
-        """Row by row they are scikit-learn's own probabilities, from the forest of that fold."""
-        targets = OWNER % 3
-        found = held_out_scores(Recording(RandomForestClassifier), FEATURES, targets, OWNER, THIRDS, outputs=3)
-        for train, test in THIRDS:
-            known, held = np.isin(OWNER, train), np.isin(OWNER, test)
-            forest = RandomForestClassifier(5, random_state=0).fit(FEATURES[known], targets[known])
-            np.testing.assert_array_equal(forest.predict_proba(FEATURES[held]), found[held])
-
-    def test_a_regressor_has_a_value_and_its_spread(self) -> None:
-        """The two outputs are the mean and the standard deviation over the trees of the fold's forest."""
-        targets = FEATURES[:, 1].astype(np.float64)
-        found = held_out_scores(Recording(RandomForestRegressor), FEATURES, targets, OWNER, THIRDS, outputs=2)
-        train, test = THIRDS[0]
-        known, held = np.isin(OWNER, train), np.isin(OWNER, test)
-        forest = RandomForestRegressor(5, random_state=0).fit(FEATURES[known], targets[known])
-        trees = np.array([tree.predict(FEATURES[held]) for tree in forest.estimators_])
-        np.testing.assert_allclose(trees.mean(axis=0), found[held, 0], rtol=1e-12)
-        np.testing.assert_allclose(trees.std(axis=0), found[held, 1], rtol=1e-9)
-
-    def test_a_class_that_a_fold_never_saw_gets_zero(self) -> None:
-        """Its column stays in place, and the others are the forest's, also if there is only one other."""
-        targets = np.where(OWNER < 4, 1, np.where(OWNER < 8, 0, 2))
-        found = held_out_scores(Recording(RandomForestClassifier), FEATURES, targets, OWNER, THIRDS, outputs=3)
-        for clips, unseen in ((range(4), 1), (range(4, 8), 0), (range(8, 12), 2)):
-            rows = np.isin(OWNER, clips)
-            assert not found[rows, unseen].any()
-            np.testing.assert_allclose(found[rows].sum(axis=1), 1.0)
-        halves = split(range(4), range(4, 12))
-        found = held_out_scores(Recording(RandomForestClassifier), FEATURES, (OWNER < 4) * 1, OWNER, halves, outputs=2)
-        assert [[1.0, 0.0]] == np.unique(found[OWNER < 4], axis=0).tolist()
-        assert [[0.0, 1.0]] == np.unique(found[OWNER >= 4], axis=0).tolist()
-
-    def test_a_window_that_no_fold_holds_out_has_no_score(self) -> None:
-        """It is NaN, which no figure can hide, and never a zero that looks like an answer."""
-        found = held_out_scores(
-            Recording(RandomForestClassifier), FEATURES, OWNER % 2, OWNER, split(range(6)), outputs=2
-        )
-        assert np.isnan(found[OWNER >= 6]).all()
-        assert np.isfinite(found[OWNER < 6]).all()
+def evaluated(
+    scores: Vector, owner: Index, truth: Truth, calibration: Calibration, fold: Index | None = None
+) -> Evaluation:
+    first = np.unique(owner, return_index=True)[1]
+    labels = [truth.classes[code] if truth.classes else str(code) for code in truth.targets[first].tolist()]
+    windows = windows_of(owner, labels, quantity=not truth.classes)
+    held = HeldOut(scores, owner * 0 if fold is None else fold)
+    return of_scores(windows, truth, held, [calibration], how="by hand")
 
 
 class TestByClip:
@@ -141,99 +73,105 @@ class TestByClip:
         ]
         owner = np.repeat(np.arange(len(cut)), [len(windows) for windows in cut])
         scores = model.scores(model.featurizer.transform(np.concatenate(cut)))
-        expected = by_clip(scores, owner, np.arange(len(cut)))
+        expected = model.manifest.calibration.apply(by_clip(scores, owner, np.arange(len(cut))))
         assert [len(windows) for windows in cut] == [each.windows for each in said]
         assert min(each.windows for each in said) > 1, "one window is its own mean, and shows nothing"
         assert expected.tolist() == [list(each.probabilities.values()) for each in said]
 
 
-class TestMetrics:
-    def test_a_classification_by_hand(self) -> None:
-        """Two of three clips are right although three of six windows are: windows vote with their probabilities."""
+class TestClassification:
+    def test_by_hand(self) -> None:
+        """Two of three clips are right although two of six windows are: windows vote with their probabilities."""
         owner = np.array([0, 0, 1, 1, 2, 2])
-        targets = np.array([0, 0, 1, 1, 1, 1])
+        truth = Truth(np.array([0, 0, 1, 1, 1, 1]), ("a", "noise"))
         first = np.array([0.9, 0.4, 0.6, 0.1, 0.7, 0.8])  # the probability of class 0
-        found = classification_metrics(np.column_stack([first, 1 - first]), targets, owner)
+        found = evaluated(np.column_stack([first, 1 - first]), owner, truth, UNCHANGED)
         # Clips: 0.65 -> 0 (right), 0.35 -> 1 (right), 0.75 -> 0 (wrong): both F1 are 2/3.
-        assert found == pytest.approx({"accuracy": 2 / 3, "macro_f1": 2 / 3, "window_accuracy": 2 / 6})
+        assert (2 / 3, 2 / 3) == pytest.approx((found.clip["accuracy"].value, found.clip["macro_f1"].value))
+        assert 2 / 6 == pytest.approx(found.window["accuracy"].value)
+        assert ((1, 0), (1, 1)) == found.confusion
+        assert [("a", 1, False), ("noise", 2, True)] == [(c.name, c.clips, c.background) for c in found.per_class]
+        last = found.answers[-1]
+        assert ("2.wav", "noise", "a") == (last.name, last.truth, last.said)
+        assert 0.75 == pytest.approx(last.confidence)
 
-    def test_a_regression_by_hand(self) -> None:
-        """A clip's value is the mean of its windows' values; their spread over the trees plays no part."""
-        owner = np.array([0, 0, 1, 2])
-        targets = np.array([1.0, 1.0, 2.0, 6.0])
-        values = np.column_stack([[0.0, 3.0, 2.0, 5.0], [9.0, 9.0, 9.0, 9.0]])
-        found = regression_metrics(values, targets, owner)
-        # Clips: 1.5, 2, 5 against 1, 2, 6; the mean of the truth is 3.
-        assert found == pytest.approx({"mae": 0.5, "r2": 1 - (0.25 + 0 + 1) / (4 + 1 + 9), "window_mae": 1.0})
-
-    def test_they_are_scikit_learns(self) -> None:
-        """On random scores of clips of unequal length, in no order, the figures are those of scikit-learn."""
+    def test_figures_are_scikit_learns(self) -> None:
+        """On random scores of clips of unequal length, in no order."""
         random = np.random.default_rng(1)
         owner = random.permutation(np.repeat(np.arange(30), random.integers(1, 6, 30)))
-        truth, values = random.integers(0, 4, 30), random.dirichlet(np.ones(4), len(owner))
-        clips = np.array([values[owner == clip].mean(axis=0) for clip in range(30)])
-        named = classification_metrics(values, truth[owner], owner)
-        assert accuracy_score(truth, clips.argmax(axis=1)) == named["accuracy"]
-        assert f1_score(truth, clips.argmax(axis=1), average="macro") == named["macro_f1"]
-        assert accuracy_score(truth[owner], values.argmax(axis=1)) == named["window_accuracy"]
-        measured = regression_metrics(values, truth[owner].astype(float), owner)
-        assert mean_absolute_error(truth, clips[:, 0]) == measured["mae"]
-        assert r2_score(truth, clips[:, 0]) == measured["r2"]
-        assert mean_absolute_error(truth[owner], values[:, 0]) == measured["window_mae"]
+        codes, scores = random.integers(0, 4, 30), random.dirichlet(np.ones(4), len(owner))
+        clips = np.array([scores[owner == clip].mean(axis=0) for clip in range(30)]).argmax(axis=1)
+        found = evaluated(scores, owner, Truth(codes[owner], tuple("abcd")), UNCHANGED)
+        assert accuracy_score(codes, clips) == pytest.approx(found.clip["accuracy"].value)
+        assert f1_score(codes, clips, average="macro") == pytest.approx(found.clip["macro_f1"].value)
+        assert accuracy_score(codes[owner], scores.argmax(axis=1)) == pytest.approx(found.window["accuracy"].value)
+
+    def test_calibration_changes_the_odds_and_no_answer(self) -> None:
+        """Answers, confusion and accuracy stay, confidence and reliability do not."""
+        random = np.random.default_rng(0)
+        owner, codes = np.repeat(np.arange(20), 2), random.integers(0, 3, 20)
+        scores = random.dirichlet(np.ones(3), 40)
+        truth = Truth(codes[owner], tuple("abc"))
+        before, after = (evaluated(scores, owner, truth, TemperatureScaling(n, 0.005)) for n in (16, 40))
+        assert before.confusion == after.confusion
+        assert [each.said for each in before.answers] == [each.said for each in after.answers]
+        assert before.clip["calibration_error"] != after.clip["calibration_error"]
+        assert before.reliability is not None
+        assert after.reliability is not None
+        assert before.reliability.before == after.reliability.before != after.reliability.after
+
+    def test_clips_that_no_fold_tested_are_left_out(self) -> None:
+        """They count for nothing, and their NaN is in no figure."""
+        owner = np.array([0, 1, 2])
+        scores = np.array([[0.9, 0.1], [np.nan, np.nan], [0.2, 0.8]])
+        truth = Truth(np.array([0, 0, 1]), ("a", "b"))
+        found = evaluated(scores, owner, truth, UNCHANGED, fold=np.array([0, -1, 0]))
+        assert ["0.wav", "2.wav"] == [each.name for each in found.answers]
+        assert 1.0 == found.clip["accuracy"].value
 
 
-class TestWatchedFeatures:
-    NAMES = tuple(f"f{number}" for number in range(12))
+class TestRegression:
+    def test_by_hand(self) -> None:
+        """A clip's value is the mean of its windows' values, and so are its interval's ends."""
+        owner = np.array([0, 0, 1, 2])
+        truth = Truth(np.array([1.0, 1.0, 2.0, 6.0]), ())
+        scores = np.column_stack([[0.0, 3.0, 2.0, 5.0], [0.5, 0.1, 0.1, 0.1]])
+        found = evaluated(scores, owner, truth, ConformalInterval(0.9, 2.0, 0.2))
+        # Clips: 1.5, 2, 5 against 1, 2, 6; the mean of the truth is 3.
+        values = {name: measure.value for name, measure in found.clip.items()}
+        expected = {"mae": 0.5, "rmse": np.sqrt(1.25 / 3), "r2": 1 - 1.25 / (4 + 1 + 9), "coverage": 2 / 3}
+        assert expected == pytest.approx(values)
+        assert 1.0 == pytest.approx(found.window["mae"].value)
+        first = found.answers[0]
+        assert ("1.0", "1.5") == (first.truth, first.said)
+        assert (0.5, 2.5) == pytest.approx((first.low, first.high))
+        assert ((), None) == (found.confusion, found.reliability)
 
-    def test_the_most_important_come_first(self) -> None:
-        """They are ranked, there are no more than a state can hold, and equals stay in the featurizer's order."""
-        importances = np.array([0.0, 0.3, 0.1, 0.0, 0.2, 0.1, 0.0, 0.05, 0.06, 0.07, 0.08, 0.04])
-        expected = ("f1", "f4", "f2", "f5", "f10", "f9", "f8", "f7")
-        assert WATCHED_FEATURES == len(expected)
-        assert expected == watched_features(importances, self.NAMES)
-
-    def test_the_level_is_watched_whatever_its_importance(self) -> None:
-        """It comes last if it is not among the most important, where it stands if it is, and never twice."""
-        names = (*self.NAMES, ALWAYS_WATCHED[0])
-        unimportant = np.append(np.ones(12), 0.0)
-        assert (*self.NAMES[:WATCHED_FEATURES], ALWAYS_WATCHED[0]) == watched_features(unimportant, names)
-        important = np.append(np.ones(12), 2.0)
-        assert (ALWAYS_WATCHED[0], *self.NAMES[: WATCHED_FEATURES - 1]) == watched_features(important, names)
-
-    def test_fewer_features_than_places(self) -> None:
-        """All of them are watched."""
-        assert ("b", "a") == watched_features(np.array([0.1, 0.9]), ("a", "b"))
+    def test_figures_are_scikit_learns(self) -> None:
+        """On random scores of clips of unequal length, in no order."""
+        random = np.random.default_rng(1)
+        owner = random.permutation(np.repeat(np.arange(30), random.integers(1, 6, 30)))
+        targets, scores = random.normal(size=30), random.gamma(1.0, size=(len(owner), 2))
+        clips = np.array([scores[owner == clip, 0].mean() for clip in range(30)])
+        found = evaluated(scores, owner, Truth(targets[owner], ()), ConformalInterval(0.9, 1.0, 0.1))
+        assert mean_absolute_error(targets, clips) == pytest.approx(found.clip["mae"].value)
+        assert r2_score(targets, clips) == pytest.approx(found.clip["r2"].value)
+        assert mean_absolute_error(targets[owner], scores[:, 0]) == pytest.approx(found.window["mae"].value)
 
 
-class TestReferenceProfile:
-    def test_a_classifier_by_hand(self) -> None:
-        """The confidence, the share of each class and the watched features, in the profile's order."""
-        scores = np.array([[0.6, 0.4], [0.1, 0.9], [0.2, 0.8], [0.7, 0.3]])
-        features = np.array([[0, 1], [0, 2], [0, 3], [0, 6]], np.float32)
-        profile = reference_profile(scores, features, classes=("a", "b"), watched=("y",), names=("x", "y"))
-        assert ("confidence", "share.a", "share.b", "feature.y") == profile.names
-        assert [0.75, 0.5, 0.5, 3.0] == pytest.approx([signal.mean for signal in profile.signals])
-        spreads = [np.sqrt(0.0125), 0.5, 0.5, np.sqrt(14 / 4)]  # of the population, as for every signal in a stream
-        assert spreads == pytest.approx([signal.spread for signal in profile.signals])
+class TestCrossFitting:
+    def test_a_fold_is_calibrated_by_the_others(self) -> None:
+        """Each calibration is that of the scores of all other folds, so a fold's own scores change it not."""
+        random = np.random.default_rng(0)
+        scores, targets = random.dirichlet(np.ones(3), 60), random.integers(0, 3, 60)
+        fold = np.repeat([0, 1, -1], 20)
+        found = cross_fitted(HeldOut(scores, fold), Truth(targets, tuple("abc")), trees=10)
+        expected = [fitted(scores[fold == n], targets[fold == n], trees=10, classifier=True) for n in (1, 0)]
+        assert expected == found
 
-    def test_a_regressor_by_hand(self) -> None:
-        """The value, its spread over the trees and the watched features."""
-        scores = np.array([[10.0, 1.0], [14.0, 3.0]])
-        features = np.array([[5.0], [9.0]], np.float32)
-        profile = reference_profile(scores, features, classes=(), watched=("x",), names=("x",))
-        assert ("value", "spread", "feature.x") == profile.names
-        assert [12.0, 2.0, 7.0] == [signal.mean for signal in profile.signals]
-        assert [2.0, 1.0, 2.0] == [signal.spread for signal in profile.signals]
-
-    def test_a_constant_signal_keeps_its_own_unit(self) -> None:
-        """A class that is never named, and a feature that never moves, get a spread of one and stay finite."""
-        scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.9, 0.1]])
-        features = np.full((3, 1), 0.1, np.float32)
-        profile = reference_profile(scores, features, classes=("a", "b"), watched=("x",), names=("x",))
-        spreads = {signal.name: signal.spread for signal in profile.signals}
-        assert {"share.a": 1.0, "share.b": 1.0, "feature.x": 1.0} == {
-            name: spreads[name] for name in ("share.a", "share.b", "feature.x")
-        }
-        assert 0 < spreads["confidence"] < 1
-        standard = profile.standardise(np.array([[0.9, 0.0, 1.0, 0.1]]))
-        assert [-1.0, 1.0] == standard[0, 1:3].tolist()
+    def test_a_single_fold_has_no_other(self) -> None:
+        """There is nothing better than its own."""
+        scores, targets = np.array([[1.0, 0.5], [2.0, 0.5]]), np.array([1.5, 2.0])
+        held = HeldOut(scores, np.zeros(2, np.intp))
+        (found,) = cross_fitted(held, Truth(targets, ()), trees=10)
+        assert fitted(scores, targets, trees=10, classifier=False) == found

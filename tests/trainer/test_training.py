@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier
 
 from tests.system.processes import run
+from trainer import calibration
 from trainer.dataset import Dataset, data_hash, load
-from trainer.evaluation import classification_metrics, held_out_scores, reference_profile
+from trainer.evaluation import cross_fitted, of_scores
 from trainer.extract import featurize
+from trainer.holdout import folds, held_out, truth_of
+from trainer.reference import reference_profile
 from trainer.splits import splits
 from trainer.training import GOLDEN_CLIPS, Fitted, fit
 from worker import bundle
@@ -90,7 +93,8 @@ class TestEndToEnd:
         best = model.scores(windows.features).argmax(axis=1)
         truth = [windows.dataset.clips[clip].label for clip in windows.owner]
         assert truth == [model.manifest.classes[index] for index in best]
-        assert {"accuracy", "macro_f1", "window_accuracy"} == set(model.manifest.metrics)
+        measures = {"accuracy", "macro_f1", "auroc", "auprc", "top3", "calibration_error"}
+        assert measures | {f"window_{name}" for name in measures} == set(model.manifest.metrics)
         print(f"machines held out: {model.manifest.metrics}")
         assert 2 / 6 < model.manifest.metrics["accuracy"] < 1.0, "chance is 1/6, and some faults are hardly audible"
 
@@ -102,7 +106,9 @@ class TestEndToEnd:
         off = np.abs(model.scores(windows.features)[:, 0] - truth)
         assert off.mean() < 150, "the speeds lie between 1,200 and 3,600 rpm"
         assert ("regression", "rpm", ()) == (model.manifest.task, model.manifest.label, model.manifest.classes)
-        assert {"mae", "r2", "window_mae"} == set(model.manifest.metrics)
+        measures = {"mae", "rmse", "r2", "coverage"}
+        assert measures | {f"window_{name}" for name in measures} == set(model.manifest.metrics)
+        assert 0.8 <= model.manifest.metrics["window_coverage"] <= 1.0
         print(f"rpm held out: {model.manifest.metrics}")
         assert model.manifest.metrics["mae"] > off.mean()
 
@@ -172,23 +178,40 @@ class TestHonesty:
         labels = np.random.default_rng(3).permutation(np.repeat(["a", "b"], 12)).tolist()
         frequencies = np.geomspace(200.0, 6000.0, len(labels)).tolist()
         sounds = [Sound(label, str(n), f) for n, (label, f) in enumerate(zip(labels, frequencies, strict=True))]
-        manifest = trained(written(tmp_path / "data", sounds), tmp_path / "out", seed=1).manifest
+        fitted = trained(written(tmp_path / "data", sounds), tmp_path / "out", seed=1)
+        manifest = fitted.manifest
         featurizer = Featurizer(SPEC)
-        dataset, features, owner, *_ = featurize(load(tmp_path / "data"), featurizer)
-        targets = (np.array([clip.label for clip in dataset.clips]) == "b").astype(np.intp)[owner]
-        held_out = held_out_scores(
-            lambda: RandomForestClassifier(5, random_state=1),
-            features,
-            targets,
-            owner,
-            splits(dataset, seed=1),
-            outputs=2,
-        )
+        windows = featurize(load(tmp_path / "data"), featurizer)
+        truth = truth_of(windows)
+        pairs = splits(windows.dataset, seed=1)
+        held = held_out(folds(lambda: RandomForestClassifier(5, random_state=1), windows, truth, pairs), windows, truth)
+        calibrations = cross_fitted(held, truth, trees=5)
+        told = of_scores(windows, truth, held, calibrations, how="", seed=1)
         profile = reference_profile(
-            held_out, features, classes=("a", "b"), watched=manifest.watched, names=featurizer.feature_names
+            manifest.calibration.apply(held.scores),
+            windows.features,
+            classes=("a", "b"),
+            watched=manifest.watched,
+            names=featurizer.feature_names,
         )
-        assert classification_metrics(held_out, targets, owner) == manifest.metrics
+        assert (told.clip, told.window) == (fitted.evaluation.clip, fitted.evaluation.window)
+        assert told.clip["accuracy"].value == manifest.metrics["accuracy"]
+        assert told.window["macro_f1"].value == manifest.metrics["window_macro_f1"]
+        assert calibration.fitted(held.scores, truth.targets, trees=5, classifier=True) == manifest.calibration
         assert profile == bundle.load(tmp_path / "out").profile
+
+    def test_the_leak_is_named(self, tmp_path: Path) -> None:
+        """Tones of 2 s that give away the recording: a random split of windows claims what nobody will see."""
+        random = np.random.default_rng(3)
+        labels = random.permutation(np.repeat(["a", "b"], 12)).tolist()
+        for number, (label, frequency) in enumerate(zip(labels, np.geomspace(200.0, 6000.0, 24), strict=True)):
+            folder = tmp_path / "data" / label
+            folder.mkdir(parents=True, exist_ok=True)
+            soundfile.write(folder / f"{number}.wav", tone(frequency, number, seconds=2.0), RATE)
+        told = trained(tmp_path / "data", tmp_path / "out", trees=20).evaluation
+        assert told.leaky["accuracy"] > 0.95
+        assert told.window["accuracy"].value < 0.7
+        assert "5 folds of clips" in told.how
 
     def test_windows_are_those_of_the_worker(self, tmp_path: Path) -> None:
         """The rows of a stereo FLAC of 2.3 s at another rate are what the worker makes of the same bytes."""
@@ -209,7 +232,7 @@ class TestUnusableClips:
         """Up to a tenth may be unreadable or empty: each is named with its reason, and none is counted as learnt."""
         (tones / "004.wav").write_bytes(b"not a sound")
         soundfile.write(tones / "007.wav", np.zeros(0, np.float32), RATE)
-        manifest, skipped = trained(tones, tmp_path / "out")
+        manifest, _, _, skipped = trained(tones, tmp_path / "out")
         assert [tones / "004.wav", tones / "007.wav"] == [each.path for each in skipped]
         assert all(each.reason for each in skipped)
         assert skipped[0].reason != skipped[1].reason
@@ -226,9 +249,9 @@ class TestUnusableClips:
 
     def test_what_is_skipped_is_in_no_fold(self, tmp_path: Path) -> None:
         """A fold of which nothing is left is none; if only one fold is left, that is said."""
-        for name, folds in (("three", ("1", "2", "3")), ("two", ("1", "1", "3"))):
+        for name, numbers in (("three", ("1", "2", "3")), ("two", ("1", "1", "3"))):
             sounds = [
-                sound._replace(fold="3" if number == 19 else folds[number // 2 % 2])
+                sound._replace(fold="3" if number == 19 else numbers[number // 2 % 2])
                 for number, sound in enumerate(two_classes())
             ]
             (written(tmp_path / name, sounds) / "019.wav").write_bytes(b"not a sound")
@@ -280,7 +303,7 @@ class TestBundle:
         out = tmp_path / "out" / "bundle"
         trained(tones, out, trees=3)
         trained(tones, out, trees=4)
-        assert 4 == bundle.load(out).manifest.trees
+        assert 4 == bundle.load(out).manifest.forest["n_estimators"]
         assert [out] == list(out.parent.iterdir())
 
     def test_the_manifest_says_what_this_is(self, tones: Path, tmp_path: Path) -> None:
@@ -289,9 +312,9 @@ class TestBundle:
         manifest = fit(dataset, tmp_path / "out", name="tones", spec=SPEC, trees=7, seed=5).manifest
         assert ("tones", "classification", "label") == (manifest.name, manifest.task, manifest.label)
         assert ("high", "low") == manifest.classes
-        assert (SPEC, 7, 5) == (manifest.spec, manifest.trees, manifest.seed)
+        assert (SPEC, 7, 5) == (manifest.spec, manifest.forest["n_estimators"], manifest.seed)
         assert (20, 20, data_hash(dataset)) == (manifest.clips, manifest.windows, manifest.data_hash)
-        assert {"accuracy": 1.0, "macro_f1": 1.0, "window_accuracy": 1.0} == manifest.metrics
+        assert (1.0, 1.0) == (manifest.metrics["accuracy"], manifest.metrics["window_macro_f1"])
         assert set(bundle.VERSIONED) == set(manifest.versions)
         assert manifest == bundle.load(tmp_path / "out").manifest
 

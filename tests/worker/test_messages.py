@@ -58,6 +58,8 @@ def regression() -> Regression:
         source="mic-1",
         target="midi_pitch",
         value=60.25,
+        low=59.0,
+        high=61.5,
         spread=0.5,
         duration=0.5,
         windows=1,

@@ -108,7 +108,7 @@ def classified(source: str, offset: int, label: str = "rain", confidence: float 
 def measured(source: str, offset: int) -> Record:
     record = heard(source, offset)
     place = position(record, record.timestamp)
-    return published(record, Regression(source, "midi_pitch", 61.234, 0.84, 1.0, 1, False, place, MODEL))
+    return published(record, Regression(source, "midi_pitch", 61.234, 60.1, 62.4, 0.84, 1.0, 1, False, place, MODEL))
 
 
 def rejected(source: str, offset: int, detail: str = "no RIFF header") -> Record:
@@ -159,10 +159,10 @@ def test_live_row() -> None:
 
 
 def test_live_regression() -> None:
-    """A regressor's row shows the value, its spread and, as far as it fits, the name of the target."""
+    """A regressor's row shows the value, its interval and, as far as it fits, the name of the target."""
     picture, _ = shown("live", [measured("mic-2", 0)], width=140)
 
-    assert "61.23 ± 0.84 midi_pitch" in line_of(picture, "mic-2")
+    assert "61.23 (60.1 to 62.4) mi" in line_of(picture, "mic-2")
 
 
 def test_live_drift_in_words() -> None:
@@ -235,7 +235,7 @@ def test_plain_lines() -> None:
         "2026-11-22 08:00:00  prediction  predictions.out/0/0     mic-1             rain                  0.93"
         == lines[0]
     )
-    assert lines[1].endswith("  midi_pitch            61.23 ± 0.84")
+    assert lines[1].endswith("  midi_pitch            61.23 (60.1 to 62.4)")
     assert lines[2].endswith("  undecodable           audio.in/0/2: no RIFF header")
     assert "changed at offset 240 (2026-11-22 08:04:00): centroid.mean 0.1 -> -4.2, " in lines[3]
     assert lines[4].endswith("  retraining requested for the change at offset 240 (2026-11-22 08:04:00)")
