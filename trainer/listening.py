@@ -1,28 +1,29 @@
 """Listening to clips: each is read once, on all cores, and what was found out is kept for the next time.
 
 This module owns how a clip becomes a waveform, how the work on many is spread, and when it need not
-be done again. Reading, mixing and resampling are the worker's: train as you serve. It must not know
+be done again. Decoding, mixing and resampling are the worker's: train as you serve. It must not know
 what is found out.
-
-A file is decoded once for all of its segments, whole: an hour of mono at 48 kHz takes 700 MB meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import joblib
 import msgspec
 import numpy as np
+import soundfile
 from numpy.typing import NDArray
 
 from trainer.cache import Cache, key_of
 from trainer.dataset import Clip
 from worker.audio import Sound, from_container, resample
-from worker.errors import BadRecord
+from worker.errors import BadRecord, Fatal
 
 FEWEST: Final = 64
 """Starting processes takes about as long as listening to so many clips. (They halve the time of the rest on two
@@ -79,25 +80,32 @@ def listen(
         jobs: processor cores to use; -1 is all of them. The result does not depend on it.
         cache: where results may be kept.
         on_progress: told how many tasks are done.
+
+    Raises:
+        Fatal: a process was killed.
     """
     keys = [_key(clip, work) for clip, work in tasks] if cache is not None else []
     results: list[Any] = [_kept(cache, key, found) for key in keys] if cache is not None else [None] * len(tasks)
-    missing: dict[Path, list[int]] = {}
+    missing: dict[Clip, list[int]] = {}
     for index, (clip, _) in enumerate(tasks):
         if results[index] is None:
-            missing.setdefault(clip.path, []).append(index)
+            missing.setdefault(clip, []).append(index)
     done = len(tasks) - sum(map(len, missing.values()))
     on_progress(stage, done, len(tasks))
-    calls = (joblib.delayed(_listen)(path, [tasks[index] for index in indices]) for path, indices in missing.items())
+    calls = (joblib.delayed(_listen)(clip, [tasks[index][1] for index in indices]) for clip, indices in missing.items())
     parallel = joblib.Parallel(n_jobs=jobs if len(tasks) - done >= FEWEST else 1, return_as="generator")
-    returned = parallel(calls)
-    for indices, several in zip(missing.values(), returned, strict=True):
-        for index, one in zip(indices, several, strict=True):
-            results[index] = one
-            if cache is not None and not isinstance(one, Skipped):
-                cache.put(keys[index], msgspec.msgpack.encode(one))
-        done += len(indices)
-        on_progress(stage, done, len(tasks))
+    try:
+        for indices, several in zip(missing.values(), parallel(calls), strict=True):
+            for index, one in zip(indices, several, strict=True):
+                results[index] = one
+                if cache is not None and not isinstance(one, Skipped):
+                    cache.put(keys[index], msgspec.msgpack.encode(one))
+            done += len(indices)
+            on_progress(stage, done, len(tasks))
+    except BrokenProcessPool as error:
+        raise Fatal(
+            f"{stage}: a process was killed on the way, as happens where memory runs out; try fewer --jobs"
+        ) from error
     return results
 
 
@@ -107,7 +115,11 @@ def sound_of(clip: Clip) -> Sound:
     Raises:
         BadRecord: the file cannot be read, or there is no usable sound where the clip should be.
     """
-    return _cut(_read(clip.path), clip)
+    whole = clip.start == 0 and clip.end is None
+    try:
+        return from_container(clip.path.read_bytes() if whole else _segment(clip))
+    except OSError as error:
+        raise BadRecord("undecodable", f"the file cannot be read: {error.strerror}") from error
 
 
 def read_clip(clip: Clip, sample_rate: int) -> NDArray[np.float32]:
@@ -125,40 +137,34 @@ def fingerprint(sound: Sound) -> str:
     return hashlib.sha256(sound.sample_rate.to_bytes(4, "little") + sound.samples.tobytes()).hexdigest()
 
 
-def _listen(path: Path, tasks: Sequence[tuple[Clip, Work[Found]]]) -> list[Found | Skipped]:
-    """Do the work on clips of one file."""
+def _listen(clip: Clip, works: Sequence[Work[Found]]) -> list[Found | Skipped]:
+    """Do all of the work on a clip."""
     try:
-        whole = _read(path)
+        sound = sound_of(clip)
     except BadRecord as error:
-        return [Skipped(path, error.detail) for _ in tasks]
-    results: list[Found | Skipped] = []
-    for clip, work in tasks:
-        try:
-            sound = _cut(whole, clip)
-        except BadRecord as error:
-            results.append(Skipped(path, error.detail))
-        else:
-            results.append(work(sound, clip))
-    return results
+        return [Skipped(clip.path, error.detail) for _ in works]
+    return [work(sound, clip) for work in works]
 
 
-def _read(path: Path) -> Sound:
+def _segment(clip: Clip) -> bytes:
+    """Return a segment of a file as a file of its own, bit for bit; what would end after the file ends with it.
+
+    Only the segment is decoded: recordings of a day would not fit into memory.
+    """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRecord("undecodable", f"the file cannot be read: {error.strerror}") from error
-    return from_container(data)
-
-
-def _cut(sound: Sound, clip: Clip) -> Sound:
-    """Return the segment of a file that is the clip; what would end after the file ends with it."""
-    if clip.start == 0 and clip.end is None:
-        return sound
-    rate = sound.sample_rate
-    samples = sound.samples[round(clip.start * rate) : None if clip.end is None else round(clip.end * rate)]
-    if not samples.size:
-        raise BadRecord("empty", f"{clip.name} has no samples: the file is {sound.duration:g} s long")
-    return Sound(samples, rate, samples.size / rate)
+        with soundfile.SoundFile(clip.path) as file:
+            rate: int = file.samplerate
+            first = round(clip.start * rate)
+            if first >= file.frames:
+                raise BadRecord("empty", f"{clip.name} has no samples: the file is {file.frames / rate:g} s long")
+            file.seek(first)
+            frames = -1 if clip.end is None else round(clip.end * rate) - first
+            samples = file.read(frames, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise BadRecord("undecodable", f"libsndfile: {error.error_string}") from None
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
 
 
 def _key(clip: Clip, work: Work[Any]) -> str:

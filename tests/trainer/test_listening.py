@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainer.cache import Cache
 from trainer.dataset import Clip
 from trainer.listening import Skipped, listen, read_clip, sound_of
 from worker.audio import Limits, Sound, waveform
-from worker.errors import BadRecord
+from worker.errors import BadRecord, Fatal
 
 
 def clip_of(path: Path, start: float = 0.0, end: float | None = None) -> Clip:
@@ -39,6 +40,13 @@ class Measuring(msgspec.Struct, frozen=True):
 
     def __call__(self, sound: Sound, _clip: Clip) -> Length:
         return Length(sound.samples.size, self.factor * float(np.abs(sound.samples).max()))
+
+
+class Dying(Measuring, frozen=True):
+    """Work that ends its process."""
+
+    def __call__(self, _sound: Sound, _clip: Clip) -> Length:
+        os._exit(1)
 
 
 def measured(clips: list[Clip], cache: Cache | None = None, factor: float = 1.0) -> list[Length | Skipped]:
@@ -76,6 +84,15 @@ class TestReading:
             read_clip(clip_of(tmp_path / "b.wav"), 16_000), read_clip(clip_of(tmp_path / "a.wav", 0.25, 0.75), 16_000)
         )
 
+    @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.aiff"])
+    def test_a_segment_is_a_part_of_the_whole(self, tmp_path: Path, name: str) -> None:
+        """To the bit, in any container that can be searched, and with all channels."""
+        path = write_sound(tmp_path / name, rate=16_000, channels=2, seconds=2.0)
+        whole = sound_of(clip_of(path)).samples
+        for start, end in ((0.0, 0.5), (0.3, 1.1), (1.5, 2.0)):
+            segment = sound_of(clip_of(path, start, end)).samples
+            assert np.array_equal(whole[round(start * 16_000) : round(end * 16_000)], segment)
+
     def test_a_segment_ends_with_its_file(self, tmp_path: Path) -> None:
         """Somebody who rounded the end up gets what there is; one that begins after the end is none."""
         path = write_sound(tmp_path / "a.wav", seconds=1.0)
@@ -84,7 +101,7 @@ class TestReading:
             sound_of(clip_of(path, 1.5, 2.0))
 
     def test_unusable_files_are_bad_records(self, tmp_path: Path) -> None:
-        """Damaged, empty, non-finite and vanished files each have their reason."""
+        """Damaged, empty, non-finite and vanished files each have their reason, and so have segments of them."""
         damaged = tmp_path / "damaged.flac"
         damaged.write_bytes(b"fLaC, but not really")
         empty = write_sound(tmp_path / "empty.wav", seconds=0)
@@ -92,10 +109,11 @@ class TestReading:
         soundfile.write(infinite, np.array([0.0, np.inf]), RATE, subtype="FLOAT")
         reasons = []
         for path in (damaged, empty, infinite, tmp_path / "gone.wav"):
-            with pytest.raises(BadRecord) as caught:
-                sound_of(clip_of(path))
-            reasons.append(caught.value.reason)
-        assert ["undecodable", "empty", "non-finite", "undecodable"] == reasons
+            for end in (None, 1.0):
+                with pytest.raises(BadRecord) as caught:
+                    sound_of(clip_of(path, 0.0, end))
+                reasons.append(caught.value.reason)
+        assert ["undecodable"] * 2 + ["empty"] * 2 + ["non-finite"] * 2 + ["undecodable"] * 2 == reasons
 
 
 class TestListening:
@@ -114,19 +132,26 @@ class TestListening:
         assert [800, None, 4000, None, 4000] == [getattr(each, "samples", None) for each in found]
         assert [clips[1].path, clips[3].path] == [each.path for each in found if isinstance(each, Skipped)]
 
-    def test_a_file_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """However many of its segments are listened to."""
-        path = write_sound(tmp_path / "long.wav", seconds=1.0)
-        read = []
+    def test_a_clip_is_decoded_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However much work there is on it."""
+        clip = clip_of(write_sound(tmp_path / "a.wav"))
+        heard = []
 
-        def reading(path: Path) -> Sound:
-            read.append(path)
-            return original(path)
+        def listening_to(clip: Clip) -> Sound:
+            heard.append(clip)
+            return sound_of(clip)
 
-        original = listening._read
-        monkeypatch.setattr(listening, "_read", reading)
-        assert 10 == len(measured([clip_of(path, tenth / 10, tenth / 10 + 0.1) for tenth in range(10)]))
-        assert [path] == read
+        monkeypatch.setattr(listening, "sound_of", listening_to)
+        found = listen([(clip, Measuring(factor)) for factor in (1.0, 2.0, 3.0)], Length, stage="measuring", jobs=1)
+        assert [clip] == heard
+        assert 3 == len({each.loudest for each in found if isinstance(each, Length)})
+
+    def test_a_process_that_is_killed_is_no_traceback(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As by the kernel when memory runs out: what may help is said."""
+        monkeypatch.setattr(listening, "FEWEST", 1)
+        clips = [clip_of(write_sound(tmp_path / f"{number}.wav", number)) for number in range(4)]
+        with pytest.raises(Fatal, match=r"measuring: a process was killed on the way, .*; try fewer --jobs"):
+            listen([(clip, Dying()) for clip in clips], Length, stage="measuring", jobs=2)
 
     def test_progress_counts_clips(self, tmp_path: Path) -> None:
         """From those that are known already up to all of them."""
