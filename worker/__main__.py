@@ -71,10 +71,15 @@ def _run(config: Config, _: dict[str, Any]) -> int:
     log = telemetry.configure(config.log_format, config.log_level)
     bundle = load(Path(config.model))
     topics = Topics(config.topic_prefix)
+    half_a_window = bundle.featurizer.spec.window_seconds / 2
     pipeline = Pipeline(
         bundle,
         topics,
-        Limits(max_bytes=config.max_record_bytes, max_seconds=config.max_record_seconds),
+        Limits(
+            max_bytes=config.max_record_bytes,
+            max_seconds=config.max_record_seconds,
+            min_seconds=half_a_window if config.min_record_seconds is None else config.min_record_seconds,
+        ),
         DriftPolicy(block_seconds=config.drift_block_seconds, delta=config.drift_delta, quorum=config.drift_quorum),
         Retention(max_sources=config.max_sources, forget_after=config.forget_after),
         reset_state=config.reset_state,

@@ -53,41 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = _command(
-        commands, "run", "serve a model", "earshot-worker run --model bundle --broker kafka://localhost:9092"
-    )
-    _setting(run, "--model", metavar="FOLDER", help="the bundle to serve")
-    _setting(run, "--group", help="the consumer group; its members share the partitions")
-    _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
-    _setting(
-        run,
-        "--on-lost-offset",
-        metavar="stop|earliest",
-        help="what to do when records were deleted before they were read",
-    )
-    _setting(run, "--max-batch-records", metavar="N", help="records in one transaction at the most")
-    _setting(run, "--max-batch-bytes", metavar="N", help="bytes in one transaction at the most, or one larger record")
-    _setting(run, "--poll-seconds", metavar="S", help="how long one poll waits for records")
-    _setting(run, "--give-up-seconds", metavar="S", help="end with status 4 after so long without the broker")
-    _setting(run, "--max-record-bytes", metavar="N", help="a larger record is rejected")
-    _setting(run, "--max-record-seconds", metavar="S", help="a longer record is rejected")
-    _setting(run, "--drift-block-seconds", metavar="S", help="sound averaged before a detector sees it")
-    _setting(run, "--drift-delta", metavar="D", help="ADWIN's confidence parameter")
-    _setting(run, "--drift-quorum", metavar="N", help="signals that must have changed for one event")
-    _setting(run, "--max-sources", metavar="N", help="sources a partition remembers; the least recent is forgotten")
-    _setting(
-        run, "--forget-after", metavar="N", help="a source silent for so many records of its partition is forgotten"
-    )
-    run.add_argument(
-        "--reset-state",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="where a drift state cannot be read, start the detectors of that source anew (end with status 1)",
-    )
-    _setting(run, "--health-port", metavar="N", help="answer GET /livez and /readyz here; 0: any free", default="off")
-    _setting(run, "--health-host", metavar="HOST", help="the address to answer on; whoever reaches it is answered")
-    _setting(run, "--log-format", metavar="auto|console|json", help="what the log on standard error looks like")
-    _setting(run, "--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    _run(commands)
 
     play = _command(
         commands,
@@ -186,6 +152,51 @@ def number(kind: type[int | float], low: float, high: float = sys.maxsize) -> Ca
         return value
 
     return read
+
+
+def _run(commands: Any) -> None:
+    run = _command(
+        commands, "run", "serve a model", "earshot-worker run --model bundle --broker kafka://localhost:9092"
+    )
+    _setting(run, "--model", metavar="FOLDER", help="the bundle to serve")
+    _setting(run, "--group", help="the consumer group; its members share the partitions")
+    _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
+    _setting(
+        run,
+        "--on-lost-offset",
+        metavar="stop|earliest",
+        help="what to do when records were deleted before they were read",
+    )
+    _setting(run, "--max-batch-records", metavar="N", help="records in one transaction at the most")
+    _setting(run, "--max-batch-bytes", metavar="N", help="bytes in one transaction at the most, or one larger record")
+    _setting(run, "--poll-seconds", metavar="S", help="how long one poll waits for records")
+    _setting(run, "--give-up-seconds", metavar="S", help="end with status 4 after so long without the broker")
+    _setting(run, "--max-record-bytes", metavar="N", help="a larger record is rejected")
+    _setting(run, "--max-record-seconds", metavar="S", help="a longer record is rejected")
+    _setting(
+        run,
+        "--min-record-seconds",
+        metavar="S",
+        help="a shorter record is rejected",
+        default="half of the model's window",
+    )
+    _setting(run, "--drift-block-seconds", metavar="S", help="sound averaged before a detector sees it")
+    _setting(run, "--drift-delta", metavar="D", help="ADWIN's confidence parameter")
+    _setting(run, "--drift-quorum", metavar="N", help="signals that must have changed for one event")
+    _setting(run, "--max-sources", metavar="N", help="sources a partition remembers; the least recent is forgotten")
+    _setting(
+        run, "--forget-after", metavar="N", help="a source silent for so many records of its partition is forgotten"
+    )
+    run.add_argument(
+        "--reset-state",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="where a drift state cannot be read, start the detectors of that source anew (end with status 1)",
+    )
+    _setting(run, "--health-port", metavar="N", help="answer GET /livez and /readyz here; 0: any free", default="off")
+    _setting(run, "--health-host", metavar="HOST", help="the address to answer on; whoever reaches it is answered")
+    _setting(run, "--log-format", metavar="auto|console|json", help="what the log on standard error looks like")
+    _setting(run, "--log-level", metavar="LEVEL", help="debug, info, warning or error")
 
 
 def _command(commands: Any, name: str, purpose: str, example: str, details: str = "") -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ _HOW_TO_DECLARE: Final = (
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """How large one sound may be: ``max_bytes`` as it arrives, ``max_seconds`` once decoded.
+    """How large one sound may be: ``max_bytes`` as it arrives, ``min_seconds`` to ``max_seconds`` once decoded.
 
     All channels together may hold as many samples as one channel of ``max_seconds`` at `MAX_RATE`.
     That bounds what a few bytes can inflate to, whatever rate and channels they claim: 23 million
@@ -63,6 +63,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     max_bytes: int = 8 * 1024**2
     max_seconds: float = 60.0
+    min_seconds: float = 0.0
 
 
 UNLIMITED: Final = Limits(max_bytes=sys.maxsize, max_seconds=math.inf)
@@ -85,9 +86,15 @@ def waveform(data: bytes, content_type: str | None, sample_rate: int, limits: Li
     """Decode a sound and resample it to ``sample_rate``; its duration is that of the original.
 
     Raises:
-        BadRecord: as `decode` does.
+        BadRecord: as `decode` does, or it is shorter than the limits allow.
     """
     sound = decode(data, content_type, limits)
+    if sound.duration < limits.min_seconds:
+        raise BadRecord(
+            "too-short",
+            f"{sound.duration:.6g} s of sound, expected {limits.min_seconds:g} or more: the rest of the model's window"
+            " would be silence; send longer chunks, train with a shorter --window-seconds, or set --min-record-seconds",
+        )
     return Sound(resample(sound.samples, sound.sample_rate, sample_rate), sample_rate, sound.duration)
 
 

@@ -55,6 +55,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     give_up_seconds: Positive = 300.0
     max_record_bytes: Count = 8 * 1024**2
     max_record_seconds: Positive = 60.0
+    min_record_seconds: Annotated[float, Meta(ge=0, le=1e6)] | None = None  # half of the model's window
     drift_block_seconds: Positive = 10.0
     drift_delta: Annotated[float, Meta(gt=0, lt=1)] = 0.002
     drift_quorum: Count = 3

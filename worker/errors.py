@@ -24,6 +24,7 @@ Reason = Literal[
     "empty",
     "too-large",
     "too-long",
+    "too-short",
     "bad-rate",
     "bad-channels",
     "non-finite",

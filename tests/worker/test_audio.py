@@ -499,3 +499,13 @@ class TestToMono:
         samples = np.full((1, 4), 3e38, np.float32)
 
         np.testing.assert_array_equal(np.array([3e38], np.float32), audio.to_mono(samples))
+
+
+def test_a_sound_shorter_than_the_limit_is_rejected_and_one_as_long_is_not() -> None:
+    """What would be mostly the silence that fills up a window is not predicted."""
+    limits = audio.Limits(min_seconds=0.5)
+    half, less = (np.zeros(count, "<i2").tobytes() for count in (8000, 7999))
+    assert 0.5 == audio.waveform(half, "audio/pcm;rate=16000;format=s16le", 16000, limits).duration
+    with pytest.raises(BadRecord, match=r"^too-short: 0\.499937 s of sound, expected 0\.5 or more") as rejected:
+        audio.waveform(less, "audio/pcm;rate=16000;format=s16le", 16000, limits)
+    assert "too-short" == rejected.value.reason

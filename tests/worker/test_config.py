@@ -56,6 +56,7 @@ class TestPrecedence:
             "log_format": "json",
             "log_level": "debug",
             "health_port": 8080,
+            "min_record_seconds": 0.25,
         }
         others: dict[type, Any] = {bool: True, int: 7, float: 0.5}
         value = choices.get(name) or others.get(type(default), "other")
