@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from worker.pitch import PitchSet
 from worker.statistics import FrameStatistics
 from worker.windows import Column, Floats, Waveform, Window, as_float32
 
@@ -33,7 +34,12 @@ COMPACT: Final = FrameStatistics(
 windows' probabilities averaged). More statistics did not name more, and without the spectral
 contrast it is 84 %."""
 
-NAMED: Final = {feature_set.name: feature_set for feature_set in (ARTICLE, COMPACT)}
+PITCH: Final = PitchSet()
+"""Which note is played, and how clearly: estimates for a regression of pitch (4 features)."""
+
+AnySet = FrameStatistics | PitchSet
+
+NAMED: Final[dict[str, AnySet]] = {feature_set.name: feature_set for feature_set in (ARTICLE, COMPACT, PITCH)}
 """The sets that have a name; a user's own come from a file."""
 
 # A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
@@ -62,7 +68,7 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     window_seconds: float = 1.0
     window_hop_seconds: float = 0.5
     level_dbfs: float | None = None
-    sets: tuple[FrameStatistics, ...] = (COMPACT,)
+    sets: tuple[AnySet, ...] = (COMPACT,)
 
     def __post_init__(self) -> None:
         seconds, names = self.window_seconds, [each.name for each in self.sets]
