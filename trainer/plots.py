@@ -203,7 +203,7 @@ def _svg(figure: Any) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' aria-hidden="true"', text, count=1)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # it would hold for the page
-    text = re.sub(r"<g id=\"\w+_\d+\">", "<g>", text)  # the same in every picture, and nothing refers to them
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # the same in every picture, and nothing refers to them
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # base64 has no dots
     for name, colour in COLOURS.items():
