@@ -1,9 +1,10 @@
 """A fitted scikit-learn forest, flattened: the same numbers to the last bit, without the overhead.
 
-scikit-learn walks one tree at a time and pays 100 µs of Python for each, whatever the batch.
-Here all trees lie in one array of nodes and compiled code walks eight of them at once, so that
-the processor waits for eight nodes from memory together and not one after the other. This module
-knows trees and matrices; it must not know what a feature is, or where a model came from.
+scikit-learn walks one row down one tree at a time: each step waits for a node to come from memory,
+and every second branch is guessed wrong by the processor. Here hundreds of walks, of many rows down
+several trees, take one step each in turn, without a branch: the processor waits for many nodes
+together and guesses nothing. This module knows trees and matrices; it must not know what a
+feature is, or where a model came from.
 
 Three things make the result equal to scikit-learn's bit by bit:
 
@@ -17,7 +18,7 @@ Three things make the result equal to scikit-learn's bit by bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -35,22 +36,31 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 SUPPORTED: Final = (RandomForestClassifier, ExtraTreesClassifier, RandomForestRegressor, ExtraTreesRegressor)
 
-LANES: Final = 8
-"""Trees walked at once; of 4, 8 and 16, eight was the fastest, for one row and for a thousand."""
-
 NO_CHILD: Final = -1
 """What scikit-learn writes for the children of a leaf."""
 
+FLOAT32: Final = np.dtype(np.float32)
+LEAF: Final = np.uint32(2**31)
+"""Set in a child that is a leaf; the other bits are its row of `Forest.values`."""
+
 NODE: Final = np.dtype(
     [
-        ("threshold", np.float32),  # x goes right if it is above; +inf in a leaf
-        ("feature", np.uint32),  # the column compared; 0 in a leaf
-        ("left", np.uint32),  # the left child, whose right sibling follows it; a leaf is its own left child
-        ("nan_right", np.uint32),  # 1 if NaN goes right; 0 in a leaf
-        ("leaf", np.uint32),  # the row of a leaf in `Forest.values`
+        ("threshold", np.float32),  # x goes left if it is at most this
+        ("feature", np.uint32),  # the column compared
+        ("left", np.uint32),  # a child: the index of a node, or a leaf
+        ("right", np.uint32),
     ]
 )
-"""A node of a tree. Indices are unsigned since numba then need not look for negative ones."""
+"""A split; leaves are no nodes. Indices are unsigned since numba then need not look for negative ones."""
+
+WALKS: Final = 512
+"""Walks under way at once, and of them rows of one tree at the most. Enough to hide the latency of a
+cache; few enough for what is known of them to stay in the first one. Of 256 to 1024, and 16 to 512, the fastest."""
+ROWS: Final = 64
+
+CACHE: Final = 1024 * 1024
+"""Bytes of features that go through all trees before the next ones do: a second-level cache. With more, wide
+features come from farther away for every few trees; with less, all trees come again too often."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +69,16 @@ class Forest:
 
     ``classes`` are the labels in the order of the columns of `predict_proba`, or None for a
     regressor: they tell which of the two methods answers, and the other one raises TypeError.
-    ``nodes`` are those of all trees, and each of ``roots`` is where one tree starts. ``values``
-    has a row for each leaf: the probabilities of the classes, or the one predicted value.
+    ``nodes`` are the splits of all trees, ``nan_left`` says which of them send NaN to the left, and
+    each of ``roots`` is where one tree starts, as a child is. ``values`` has a row for each leaf:
+    the probabilities of the classes, or the one predicted value. The first rows of a classifier's
+    belong to all leaves that are certain of one class, in the order of the classes.
     """
 
     classes: tuple[str, ...] | None
     n_features: int
     nodes: NDArray[np.void]
+    nan_left: NDArray[np.bool_]
     roots: NDArray[np.uint32]
     values: Matrix
 
@@ -87,14 +100,17 @@ class Forest:
         if model.n_outputs_ != 1:
             raise BadModel(f"the {name} has {model.n_outputs_} outputs, expected one: train one model for each")
         trees = [estimator.tree_ for estimator in model.estimators_]
-        roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])])
-        first_leaves = np.cumsum([0, *(tree.n_leaves for tree in trees[:-1])])
+        classes = tuple(str(label) for label in model.classes_) if hasattr(model, "classes_") else None
+        leaves = np.concatenate([tree.value[tree.children_left == NO_CHILD, 0] for tree in trees])
+        rows, values = _shared(leaves) if classes is not None else (np.arange(len(leaves)), leaves)
+        nodes, roots = _flatten(trees, LEAF | rows.astype(np.uint32))
         return cls(
-            classes=tuple(str(label) for label in model.classes_) if hasattr(model, "classes_") else None,
+            classes=classes,
             n_features=int(model.n_features_in_),
-            nodes=np.concatenate([_flatten(*part) for part in zip(trees, roots, first_leaves, strict=True)]),
-            roots=roots.astype(np.uint32),
-            values=np.concatenate([tree.value[tree.children_left == NO_CHILD, 0] for tree in trees]),
+            nodes=nodes,
+            nan_left=np.concatenate([tree.missing_go_to_left[tree.children_left != NO_CHILD] != 0 for tree in trees]),
+            roots=roots,
+            values=values,
         )
 
     @property
@@ -117,7 +133,7 @@ class Forest:
         """
         if self.classes is None:
             raise TypeError("this forest is a regressor and has no probabilities; call predict")
-        return _means(self.values, self._leaves(features))
+        return self._means(features, n_certain=len(self.classes))[0]
 
     def predict(self, features: NDArray[np.float32]) -> tuple[Matrix, Matrix]:
         """Return the value predicted for each row of ``features``, and how far the trees disagree.
@@ -135,20 +151,32 @@ class Forest:
         """
         if self.classes is not None:
             raise TypeError("this forest is a classifier and has no values; call predict_proba")
-        leaves = self._leaves(features)
-        means = _means(self.values, leaves)
+        means, leaves = self._means(features, n_certain=0)
         return means[:, 0], _spreads(self.values, leaves, means)
 
-    def _leaves(self, features: NDArray[np.float32]) -> NDArray[np.uint32]:
-        if features.dtype != np.float32 or features.ndim != 2 or features.shape[1] != self.n_features:
+    def _means(self, features: NDArray[np.float32], n_certain: int) -> tuple[Matrix, NDArray[np.uint32]]:
+        if features.dtype != FLOAT32 or features.ndim != 2 or features.shape[1] != self.n_features:
             raise ValueError(
                 f"expected float32 features of shape (n, {self.n_features}), got {features.dtype} of {features.shape}"
             )
+        features, nodes = np.ascontiguousarray(features), self.nodes
+        if not _are_finite(features):
+            features, nodes = self._with_missing(features)
+        return _predict(nodes, self.roots, self.values, n_certain, features)
+
+    def _with_missing(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.void]]:
+        """Return features and nodes for which NaN is as good as any number.
+
+        NaN is not at most a threshold, so it goes right. The splits that send it left look at a
+        second copy of the features, where it is less than every threshold.
+        """
         infinite = np.isinf(features)
         if infinite.any():
             row, column = np.argwhere(infinite)[0]
             raise ValueError(f"feature {column} of row {row} is {features[row, column]}, expected a finite number")
-        return _walk(self.nodes, self.roots, np.ascontiguousarray(features))
+        nodes = self.nodes.copy()
+        nodes["feature"][self.nan_left] += np.uint32(self.n_features)
+        return np.hstack([features, np.where(np.isnan(features), np.float32(-np.inf), features)]), nodes
 
 
 def _compiled(function: Function) -> Function:
@@ -160,20 +188,34 @@ def _compiled(function: Function) -> Function:
         return cast("Function", njit(nogil=True)(function))
 
 
-def _flatten(tree: Any, root: int, first_leaf: int) -> NDArray[np.void]:
-    """Return the nodes of one tree, the first of which will stand at index ``root`` of all nodes."""
-    is_leaf = tree.children_left == NO_CHILD
-    splits = np.flatnonzero(~is_leaf)
-    place = np.zeros(tree.node_count, np.int64)  # where each node goes, so that siblings are neighbours
-    place[tree.children_left[splits]] = 1 + 2 * np.arange(len(splits))
-    place[tree.children_right[splits]] = 2 + 2 * np.arange(len(splits))
-    nodes = np.zeros(tree.node_count, NODE)
-    nodes["threshold"][place] = np.where(is_leaf, np.inf, _round_down(tree.threshold))
-    nodes["feature"][place] = np.where(is_leaf, 0, tree.feature)
-    nodes["left"][place] = root + np.where(is_leaf, place, place[tree.children_left])
-    nodes["nan_right"][place] = ~is_leaf & (tree.missing_go_to_left == 0)
-    nodes["leaf"][place] = np.where(is_leaf, first_leaf + np.cumsum(is_leaf) - 1, 0)
-    return nodes
+def _shared(leaves: Matrix) -> tuple[NDArray[np.intp], Matrix]:
+    """Return which row of fewer values belongs to each leaf of a classifier, and these values."""
+    n_classes = leaves.shape[1]
+    certain = (leaves.max(axis=1) == 1) & (np.count_nonzero(leaves, axis=1) == 1)
+    rows = np.where(certain, leaves.argmax(axis=1), n_classes + np.cumsum(~certain) - 1)
+    return rows, np.concatenate([np.eye(n_classes), leaves[~certain]])
+
+
+def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[np.void], NDArray[np.uint32]]:
+    """Return the splits of all trees and where each tree starts; ``leaves`` are its leaves one after the other."""
+    is_leaf = [tree.children_left == NO_CHILD for tree in trees]
+    nodes = np.empty(sum(np.count_nonzero(~each) for each in is_leaf), NODE)
+    roots = np.empty(len(trees), np.uint32)
+    first_node = first_leaf = 0
+    for number, (tree, leaf) in enumerate(zip(trees, is_leaf, strict=True)):
+        here = np.empty(tree.node_count, np.uint32)  # what a node is called as a child
+        last_leaf = first_leaf + int(tree.n_leaves)
+        last_node = first_node + int(tree.node_count - tree.n_leaves)
+        here[leaf] = leaves[first_leaf:last_leaf]
+        here[~leaf] = np.arange(first_node, last_node)
+        splits = nodes[first_node:last_node]
+        splits["threshold"] = _round_down(tree.threshold[~leaf])
+        splits["feature"] = tree.feature[~leaf]
+        splits["left"] = here[tree.children_left[~leaf]]
+        splits["right"] = here[tree.children_right[~leaf]]
+        roots[number] = here[0]
+        first_node, first_leaf = last_node, last_leaf
+    return nodes, roots
 
 
 def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
@@ -182,52 +224,101 @@ def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
 
 
 @_compiled
-def _walk(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the leaf that each tree finds for each row, of shape (n_trees, n)."""
-    n_trees, n_rows = len(roots), len(features)
-    leaves = np.empty((n_trees, n_rows), np.uint32)
-    at = np.empty(LANES, np.uint32)
-    for first in range(0, n_trees, LANES):
-        for row in range(n_rows):
-            for lane in range(LANES):  # always eight, so that the compiler unrolls: the last tree fills up
-                at[lane] = roots[min(first + lane, n_trees - 1)]
-            walking = True
-            while walking:  # until all have arrived; a leaf leads to itself
-                walking = False
-                for lane in range(LANES):
-                    node = nodes[at[lane]]
-                    x = features[row, node.feature]
-                    right = np.uint32(x > node.threshold) | (np.uint32(np.isnan(x)) & node.nan_right)
-                    child = np.uint32(node.left + right)
-                    walking |= child != at[lane]
-                    at[lane] = child
-            for lane in range(min(LANES, n_trees - first)):
-                leaves[first + lane, row] = nodes[at[lane]].leaf
-    return leaves
+def _are_finite(features: NDArray[np.float32]) -> bool:
+    finite = True
+    for x in features.reshape(-1):
+        finite &= np.abs(x) < np.float32(np.inf)
+    return finite
 
 
 @_compiled
-def _means(values: Matrix, leaves: NDArray[np.uint32]) -> Matrix:
-    """Return the mean over the trees, of shape (n, n_values), added up in the order of the trees."""
-    n_trees, n_rows = leaves.shape
+def _predict(
+    nodes: NDArray[np.void], roots: NDArray[np.uint32], values: Matrix, n_certain: int, features: NDArray[np.float32]
+) -> tuple[Matrix, NDArray[np.uint32]]:
+    """Return the mean over the trees, of shape (n, n_values), and the leaf of each, of shape (n, n_trees).
+
+    Of the first ``n_certain`` rows of the values, each is one in its own column and zero elsewhere.
+    """
+    n_rows, n_features = features.shape
+    leaves = np.empty((n_rows, len(roots)), np.uint32)
+    block = max(ROWS, CACHE // (features.itemsize * n_features))
+    for first in range(0, n_rows, block):
+        _walk(nodes, roots, features[first : first + block], leaves[first : first + block])
     sums = np.zeros((n_rows, values.shape[1]))
-    for tree in range(n_trees):
-        for row in range(n_rows):
-            leaf = leaves[tree, row]
-            for column in range(values.shape[1]):
-                sums[row, column] += values[leaf, column]
-    sums /= n_trees
-    return sums
+    for row in range(n_rows):
+        for tree in range(len(roots)):
+            leaf = leaves[row, tree]
+            if leaf < n_certain:
+                sums[row, leaf] += 1.0
+            else:
+                for column in range(values.shape[1]):
+                    sums[row, column] += values[leaf, column]
+    sums /= len(roots)
+    return sums, leaves
+
+
+@_compiled
+def _walk(
+    nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32], leaves: NDArray[np.uint32]
+) -> None:
+    """Write into ``leaves``, shape (n, n_trees), the leaf that each tree has for each row of ``features``."""
+    n_rows, n_trees = leaves.shape
+    rows_at_once = min(n_rows, ROWS)
+    trees_at_once = min(n_trees, WALKS // rows_at_once)
+    walks = rows_at_once * trees_at_once
+    at = np.empty(walks, np.uint32)  # where each walk is: at a node, or at its end in a leaf
+    starts = np.empty(walks, np.uint32)  # where its row starts in the features
+    under_way = np.empty(walks, np.uint32)  # which walks have not ended: the first n of these
+    for first_tree in range(0, n_trees, trees_at_once):
+        trees = range(first_tree, min(first_tree + trees_at_once, n_trees))
+        for first_row in range(0, n_rows, rows_at_once):
+            rows = range(first_row, min(first_row + rows_at_once, n_rows))
+            walk, n = 0, 0
+            for tree in trees:
+                for row in rows:
+                    at[walk] = roots[tree]
+                    starts[walk] = (row - first_row) * features.shape[1]
+                    under_way[n] = walk
+                    walk += 1
+                    n += roots[tree] < LEAF
+            block = features[first_row:].reshape(-1)
+            while n:
+                n = _step(nodes, block, at, starts, under_way, n)
+            walk = 0
+            for tree in trees:
+                for row in rows:
+                    leaves[row, tree] = at[walk] & ~LEAF
+                    walk += 1
+
+
+@_compiled
+def _step(
+    nodes: NDArray[np.void],
+    features: NDArray[np.float32],
+    at: NDArray[np.uint32],
+    starts: NDArray[np.uint32],
+    under_way: NDArray[np.uint32],
+    n: int,
+) -> int:
+    """Take the first ``n`` walks of ``under_way`` one node further; leave those that go on first, and count them."""
+    kept = 0
+    for i in range(n):
+        walk = under_way[i]
+        node = nodes[at[walk]]
+        child = node.left if features[starts[walk] + node.feature] <= node.threshold else node.right
+        at[walk] = child
+        under_way[kept] = walk  # stays if the walk goes on, and is overwritten if not: no branch to guess
+        kept += int(child < LEAF)
+    return kept
 
 
 @_compiled
 def _spreads(values: Matrix, leaves: NDArray[np.uint32], means: Matrix) -> Matrix:
     """Return the population standard deviation over the trees of the first value, of shape (n,)."""
-    n_trees, n_rows = leaves.shape
+    n_rows, n_trees = leaves.shape
     spreads = np.zeros(n_rows)
-    for tree in range(n_trees):
-        for row in range(n_rows):
-            spreads[row] += (values[leaves[tree, row], 0] - means[row, 0]) ** 2
     for row in range(n_rows):
+        for leaf in leaves[row]:
+            spreads[row] += (values[leaf, 0] - means[row, 0]) ** 2
         spreads[row] = np.sqrt(spreads[row] / n_trees)
     return spreads
