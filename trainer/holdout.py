@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from trainer.dataset import Index
 from trainer.extract import Windows
-from worker.bundle import scores
 from worker.errors import Fatal
 from worker.forest import Forest
+from worker.golden import scores
 from worker.profile import Vector
 
 Rows = NDArray[np.bool_]

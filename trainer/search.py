@@ -44,9 +44,9 @@ from trainer.listening import Progress, silent
 from trainer.models import ForestSpec
 from trainer.results import Candidate, Measures, Search
 from trainer.splits import splits
-from worker.bundle import scores
 from worker.errors import Fatal
 from worker.forest import Forest
+from worker.golden import scores
 
 Strategy = Literal["grid", "random", "halving"]
 
@@ -97,7 +97,7 @@ class ClipForest(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not ty
         return self
 
     def scores(self, clips: Clips) -> NDArray[np.float64]:
-        """Return the mean over its windows of what `worker.bundle.scores` says, for each clip."""
+        """Return the mean over its windows of what `worker.golden.scores` says, for each clip."""
         return np.array([scores(self.forest_, clip).mean(axis=0) for clip in clips])
 
     def predict(self, clips: Clips) -> NDArray[Any]:

@@ -35,6 +35,7 @@ from worker.bundle import Manifest
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
+from worker.golden import golden
 from worker.profile import ReferenceProfile
 
 COMPACT_SPEC: Final = FeatureSpec()
@@ -137,7 +138,7 @@ def fit(
         forest=model,
         profile=_profile(windows, truth, validation, featurizer, watched),
         goldens=[
-            bundle.golden(featurizer, flat, _excerpt(clips[number], spec))
+            golden(featurizer, flat, _excerpt(clips[number], spec))
             for number in _golden_clips(windows.owner, truth.targets)
         ],
         documents=lambda _manifest: {bundle.EVALUATION: msgspec.json.format(msgspec.json.encode(kept)).decode()},

@@ -18,23 +18,22 @@ import hashlib
 import io
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import joblib
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from worker import audio
 from worker.calibration import Calibration
-from worker.errors import BadModel, BadRecord, Fatal
+from worker.errors import BadModel, Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
+from worker.golden import Golden, pack, replay, scores, unpack
 from worker.messages import ModelId
 from worker.profile import ReferenceProfile, Vector, signal_names
 from worker.windows import Waveform
@@ -54,10 +53,6 @@ DOCUMENTS: Final = (EVALUATION, CARD, REPORT)
 """What people read. A model is served without them, so they are not verified, and may be taken away."""
 
 VERSIONED: Final = ("earshot", "scikit-learn", "numpy", "scipy", "librosa", "joblib")
-
-FEATURE_TOLERANCE: Final = 1e-3
-"""How far a golden feature may be off, relative to its size or one: the last bits of an FFT or a
-BLAS product differ between processors; a wrong rate, scale or filter shows in the first digits."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,14 +85,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data_hash: str
     versions: dict[str, str]
     files: dict[str, str]
-
-
-class Golden(NamedTuple):
-    """A clip, as the bytes of a WAV file, and what the trainer made of its windows."""
-
-    wav: bytes
-    features: NDArray[np.float32]
-    scores: Vector
 
 
 class Bundle:
@@ -136,9 +123,9 @@ class Bundle:
             The calibrated mean over the windows: the probability of each class, shape (n, classes); for a
             regressor the value, the spread of the trees and the ends of the interval, shape (n, 4).
         """
-        scores = self.scores(np.concatenate(records))
+        every = self.scores(np.concatenate(records))
         ends = np.cumsum([len(record) for record in records])
-        means = [mean(scores[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]
+        means = [window_mean(every[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]
         return self.manifest.calibration.apply(np.array(means))
 
     def predict(self, waveforms: Sequence[Waveform]) -> list[str] | Vector:
@@ -178,52 +165,13 @@ class Bundle:
         Raises:
             BadModel: one of them gives something else; the text says what differs.
         """
-        if not self._goldens:
-            raise BadModel(f"{GOLDEN} holds no clip: nothing shows that this model still does what it did")
-        for number, golden in enumerate(self._goldens):
-            self._replay(number, golden)
-
-    def _replay(self, number: int, expected: Golden) -> None:
-        features = self.featurizer.transform(_golden_windows(self.featurizer, expected.wav))
-        if features.shape != expected.features.shape:
-            raise BadModel(f"golden clip {number} gives {features.shape}, expected {expected.features.shape}")
-        off = np.abs(features - expected.features) / np.maximum(np.abs(expected.features), 1.0)
-        window, column = np.unravel_index(int(np.argmax(off)), off.shape)
-        if not off[window, column] <= FEATURE_TOLERANCE:
-            raise BadModel(
-                f"golden clip {number} does not give the trainer's features: {self.featurizer.feature_names[column]} is"
-                f" {features[window, column]:.6g}, expected {expected.features[window, column]:.6g}"
-            )
-        # From the same features the forest must give the same scores to the last bit: it only compares and adds.
-        got = self.scores(expected.features)
-        if got.shape != expected.scores.shape:
-            raise BadModel(f"golden clip {number} gives scores of {got.shape}, expected {expected.scores.shape}")
-        if not np.array_equal(got, expected.scores):
-            window, column = np.argwhere(got != expected.scores)[0]
-            raise BadModel(
-                f"golden clip {number} does not give the trainer's scores: output {column} of window"
-                f" {window} is {got[window, column]:.6g}, expected {expected.scores[window, column]:.6g}"
-            )
+        replay(self._goldens, self.featurizer, self._forest)
 
 
-def scores(forest: Forest, features: NDArray[np.float32]) -> Vector:
-    """Return the scores of `Bundle.scores` for a forest that is in no bundle yet."""
-    if forest.classes is not None:
-        return forest.predict_proba(features)
-    return np.column_stack(forest.predict(features))
-
-
-def mean(windows: NDArray[Any]) -> NDArray[Any]:
+def window_mean(windows: NDArray[Any]) -> NDArray[Any]:
     """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
     mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
     return mean
-
-
-def golden(featurizer: Featurizer, forest: Forest, wav: bytes) -> Golden:
-    """Run a clip through the whole of serving and keep what came out."""
-    windows = _golden_windows(featurizer, wav)
-    features = featurizer.transform(windows)
-    return Golden(wav, features, scores(forest, features))
 
 
 def write(
@@ -255,7 +203,7 @@ def write(
         FEATURIZER: _dump(featurizer),
         FOREST: _dump(forest),
         PROFILE: msgspec.json.format(msgspec.json.encode(profile)),
-        GOLDEN: _pack(goldens),
+        GOLDEN: pack(goldens),
     }
     complete = Manifest(
         format=FORMAT,
@@ -332,7 +280,7 @@ def load(path: Path) -> Bundle:
         levelled = manifest.spec.level_dbfs is not None
         signals = signal_names(manifest.classes, manifest.watched, levelled=levelled)
         _expect(f"the signals of {PROFILE}", profile.names, signals)
-        bundle = Bundle(manifest, identity, featurizer, flat, profile, _unpack(contents[GOLDEN]))
+        bundle = Bundle(manifest, identity, featurizer, flat, profile, unpack(contents[GOLDEN]))
     except (ValueError, msgspec.MsgspecError) as error:
         raise BadModel(f"the parts of {path} do not fit each other: {error}") from error
     try:
@@ -391,38 +339,7 @@ def _expect(what: str, found: object, expected: object) -> None:
         raise ValueError(f"{what} are {found}, expected {expected}")
 
 
-def _golden_windows(featurizer: Featurizer, wav: bytes) -> NDArray[np.float32]:
-    try:
-        sound = audio.waveform(wav, "audio/wav", featurizer.spec.sample_rate, audio.UNLIMITED)
-    except BadRecord as error:
-        raise BadModel(f"a golden clip cannot be decoded: {error}") from error
-    return featurizer.windows(sound.samples)
-
-
 def _dump(value: Any) -> bytes:
     buffer = io.BytesIO()
     joblib.dump(value, buffer)
     return buffer.getvalue()
-
-
-def _pack(goldens: Sequence[Golden]) -> bytes:
-    buffer = io.BytesIO()
-    arrays: dict[str, NDArray[Any]] = {}
-    for number, clip in enumerate(goldens):
-        arrays[f"wav-{number}"] = np.frombuffer(clip.wav, np.uint8)
-        arrays[f"features-{number}"] = clip.features
-        arrays[f"scores-{number}"] = clip.scores
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _unpack(packed: bytes) -> list[Golden]:
-    try:
-        with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
-            count = len(arrays.files) // 3
-            return [
-                Golden(arrays[f"wav-{n}"].tobytes(), arrays[f"features-{n}"], arrays[f"scores-{n}"])
-                for n in range(count)
-            ]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise BadModel(f"{GOLDEN} is not readable: {error}") from error

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker import audio, messages
-from worker.bundle import Bundle, mean
+from worker.bundle import Bundle, window_mean
 from worker.errors import BadRecord, EarshotError, Fatal
 from worker.messages import Chunk, Classification, Prediction, Record, Regression
 from worker.profile import Vector, raw_signals
@@ -134,7 +134,7 @@ class Hearing:
             return []
         bundle = self._bundle
         answers = bundle.answers([each.features for each in prepared])
-        features = np.array([mean(each.features) for each in prepared], np.float32)
+        features = np.array([window_mean(each.features) for each in prepared], np.float32)
         levelled = bundle.manifest.spec.level_dbfs is not None
         gains = np.array([each.gain for each in prepared], np.float32) if levelled else None
         classifier = bundle.manifest.task == "classification"

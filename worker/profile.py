@@ -8,6 +8,7 @@ over held-out training windows, and `worker.drift` watches them in those units.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -90,5 +91,7 @@ def raw_signals(
         scores = np.column_stack([scores.max(axis=1), chosen])
     else:
         scores = scores[:, :2]
-    columns = [scores, features[:, list(watched)], *([] if gains is None else [gains])]
-    return np.column_stack(columns).astype(np.float64, copy=False)
+    columns: list[NDArray[Any]] = [scores, features[:, list(watched)]]
+    if gains is not None:
+        columns.append(gains[:, None])
+    return np.concatenate(columns, axis=1, dtype=np.float64)

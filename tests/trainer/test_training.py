@@ -27,6 +27,7 @@ from worker import bundle
 from worker.audio import UNLIMITED, from_container, waveform
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
+from worker.golden import Golden, unpack
 from worker.statistics import FrameStatistics
 
 RATE = 16_000
@@ -349,11 +350,11 @@ class TestBundle:
             assert counts[-1][0] == counts[-1][1]
 
 
-def goldens_of(path: Path) -> list[bundle.Golden]:
-    return bundle._unpack((path / bundle.GOLDEN).read_bytes())
+def goldens_of(path: Path) -> list[Golden]:
+    return unpack((path / bundle.GOLDEN).read_bytes())
 
 
-def speeds_of(dataset: Dataset, goldens: Sequence[bundle.Golden]) -> list[float]:
+def speeds_of(dataset: Dataset, goldens: Sequence[Golden]) -> list[float]:
     """Return the label of the clip that each golden clip is the beginning of."""
     labels = {from_container(clip.path.read_bytes()).samples[:1000].tobytes(): clip.label for clip in dataset.clips}
     return [float(labels[from_container(golden.wav).samples[:1000].tobytes()]) for golden in goldens]

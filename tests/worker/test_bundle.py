@@ -19,6 +19,7 @@ from sklearn.ensemble import RandomForestClassifier
 
 from worker import bundle
 from worker.errors import BadModel, Fatal
+from worker.golden import pack, unpack
 from worker.profile import signal_names
 
 
@@ -121,28 +122,28 @@ def test_a_manifest_that_is_none_is_refused(copy: Path, garbage: bytes) -> None:
 @pytest.mark.parametrize("wrong", [10.0, np.nan])
 def test_features_that_differ_from_the_trainers_are_refused(copy: Path, number: int, wrong: float) -> None:
     """Whichever golden clip differs, it names the feature, what came out and what should have."""
-    goldens = bundle._unpack((copy / bundle.GOLDEN).read_bytes())
+    goldens = unpack((copy / bundle.GOLDEN).read_bytes())
     names = bundle.load(copy).featurizer.feature_names
     assert 6 == len(goldens)
     goldens[number].features[1, 7] = wrong
-    replace_file(copy, bundle.GOLDEN, bundle._pack(goldens))
+    replace_file(copy, bundle.GOLDEN, pack(goldens))
     with pytest.raises(BadModel, match=rf"golden clip {number} .* features: {names[7]} is .*, expected {wrong:.6g}"):
         bundle.load(copy)
 
 
 def test_scores_that_differ_by_one_bit_are_refused(copy: Path) -> None:
     """From the same features a forest gives the same scores, to the last bit."""
-    goldens = bundle._unpack((copy / bundle.GOLDEN).read_bytes())
+    goldens = unpack((copy / bundle.GOLDEN).read_bytes())
     goldens[0].scores[0, 0] = np.nextafter(goldens[0].scores[0, 0], 2.0)
-    replace_file(copy, bundle.GOLDEN, bundle._pack(goldens))
+    replace_file(copy, bundle.GOLDEN, pack(goldens))
     with pytest.raises(BadModel, match=r"golden clip 0 .* scores: output 0 of window 0"):
         bundle.load(copy)
 
 
 def test_a_bundle_without_golden_clips_is_refused(copy: Path) -> None:
     """Nothing would show that the model still does what it did."""
-    replace_file(copy, bundle.GOLDEN, bundle._pack([]))
-    with pytest.raises(BadModel, match="holds no clip"):
+    replace_file(copy, bundle.GOLDEN, pack([]))
+    with pytest.raises(BadModel, match="there is no golden clip"):
         bundle.load(copy)
 
 
@@ -189,7 +190,7 @@ def write_again(path: Path) -> None:
     for field in ("format", "spec", "versions", "files"):
         del manifest[field]
     forest = joblib.load(path / bundle.FOREST)
-    goldens = bundle._unpack((path / bundle.GOLDEN).read_bytes())
+    goldens = unpack((path / bundle.GOLDEN).read_bytes())
     bundle.write(path, manifest, featurizer=loaded.featurizer, forest=forest, profile=loaded.profile, goldens=goldens)
 
 
