@@ -52,7 +52,8 @@ class Clip(msgspec.Struct, frozen=True):
 class Dataset(msgspec.Struct, frozen=True):
     """Labelled clips, the name of what they are labelled with, and what is to be learnt from it.
 
-    ``background`` are the classes that are learnt only to be told from the others, see `BACKGROUND`.
+    ``background`` are the classes that are learnt only to be told from the others, see `BACKGROUND`;
+    ``group`` are the columns that were asked to say what belongs together, if any.
     """
 
     clips: tuple[Clip, ...]
@@ -60,9 +61,10 @@ class Dataset(msgspec.Struct, frozen=True):
     task: Task
     warnings: tuple[str, ...] = ()
     background: tuple[str, ...] = ()
+    group: str | None = None
 
 
-def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
+def load(data: Path, label: str = "label", task: Task | None = None, group: str | None = None) -> Dataset:
     """Find the clips of a folder per class or of a CSV manifest (see `trainer.layouts`); nothing is decoded yet.
 
     Args:
@@ -71,6 +73,7 @@ def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
         task: what to learn. If it is not given, a column of a manifest is a quantity (regression) if all
             its values are numbers, and not all whole or more than `MOST_CLASSES` distinct ones;
             anything else, and every folder per class, is classification.
+        group: the columns that say what belongs together, joined by "+", instead of ``group``.
 
     Raises:
         Fatal: the layout is another, a column or a file is missing, a label cannot be used, or a
@@ -78,9 +81,9 @@ def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
     """
     manifest = find_manifest(data)
     if manifest is None:
-        listed, quantity = from_folders(data, label), False
+        listed, quantity = from_folders(data, label, group), False
     else:
-        label, listed = from_csv(manifest, label)
+        label, listed = from_csv(manifest, label, group)
         quantity = _is_quantity({each.label for each in listed})
     if task is None:
         task = "regression" if quantity else "classification"
@@ -92,9 +95,9 @@ def load(data: Path, label: str = "label", task: Task | None = None) -> Dataset:
     _check_folds(clips)
     clips, found = _joined(clips, _same_bytes(clips))
     if task == "regression":
-        return Dataset(clips, label, task, found)
+        return Dataset(clips, label, task, found, group=group)
     background = sorted({clip.label for clip in clips if clip.label.casefold() in BACKGROUND})
-    return Dataset(clips, label, task, found + _never_held_out(clips), tuple(background))
+    return Dataset(clips, label, task, found + _never_held_out(clips), tuple(background), group)
 
 
 def join_equal_sounds(dataset: Dataset, sounds: Sequence[str]) -> Dataset:

@@ -55,14 +55,15 @@ def find_manifest(data: Path) -> Path | None:
     return next((data / name for name in MANIFESTS if (data / name).is_file()), None)
 
 
-def from_folders(data: Path, label: str) -> list[Listed]:
+def from_folders(data: Path, label: str, group: str | None = None) -> list[Listed]:
     """List the sounds below each folder in ``data``; each is a group of its own.
 
     Raises:
         Fatal: there are none, or a column other than "label" is asked for.
     """
-    if label != "label":
-        raise Fatal(f"{data} has no manifest ({', '.join(MANIFESTS)}), so there is no column {label!r} in it")
+    if label != "label" or group:
+        asked = group or label
+        raise Fatal(f"{data} has no manifest ({', '.join(MANIFESTS)}), so there is no column {asked!r} in it")
     paths = sorted(path for path in data.glob("*/**/*") if _is_sound(path))
     if not paths:
         raise Fatal(
@@ -76,8 +77,10 @@ def from_folders(data: Path, label: str) -> list[Listed]:
     ]
 
 
-def from_csv(manifest: Path, label: str) -> tuple[str, list[Listed]]:
+def from_csv(manifest: Path, label: str, group: str | None = None) -> tuple[str, list[Listed]]:
     """Return the column of the labels, and what is listed; without a group column each file is its own group.
+
+    ``group`` names another column, or several joined by "+": clips that agree in all of them belong together.
 
     Raises:
         Fatal: a column or a file is missing, or a cell cannot be used.
@@ -96,7 +99,10 @@ def from_csv(manifest: Path, label: str) -> tuple[str, list[Listed]]:
         raise Fatal(f"{manifest} has no column {label!r} to learn; --label may be {' or '.join(others) or 'none'}")
     if not rows:
         raise Fatal(f"{manifest} lists no clips: it has a header and nothing else")
-    group = "group" if "group" in columns else "src_file" if esc50 else file_column
+    group = group or ("group" if "group" in columns else "src_file" if esc50 else file_column)
+    missing = [column for column in group.split("+") if column not in columns]
+    if missing:
+        raise Fatal(f"{manifest} has no column {missing[0]!r} to group by; it has {', '.join(columns)}")
     fold = "fold" if "fold" in columns else None
     return label, [
         _listed(manifest.parent, row, where, file=file_column, label=label, group=group, fold=fold)
@@ -122,7 +128,8 @@ def _table(manifest: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]
 def _listed(
     folder: Path, row: dict[str, str], where: str, *, file: str, label: str, group: str, fold: str | None
 ) -> Listed:
-    for column in (file, label, group, fold):
+    groups = group.split("+")
+    for column in (file, label, *groups, fold):
         if column and not row[column]:
             raise Fatal(f"{where}: the column {column!r} is empty; fill it in, or remove the row")
     path = _find(folder, row[file], where)
@@ -133,7 +140,8 @@ def _listed(
     name = row[file]
     if start or end is not None:
         name = f"{name}@{row.get('start') or '0'}-{row.get('end', '')}"
-    return Listed(path, name, row[label], row[group], row[fold] if fold else None, start, end, where)
+    together = "+".join(row[column] for column in groups)
+    return Listed(path, name, row[label], together, row[fold] if fold else None, start, end, where)
 
 
 def _seconds(row: dict[str, str], column: str, where: str) -> float | None:

@@ -149,16 +149,3 @@ class FamilyImportance(msgspec.Struct, frozen=True):
     features: int
     drop: float
     deviation: float
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """What a bundle keeps of its training for later.
-
-    ``clips`` are the names of what was trained on, and the SHA-256 of each file, by which it is known
-    again wherever it lies.
-    """
-
-    evaluation: Evaluation
-    importances: tuple[FamilyImportance, ...]
-    search: Search | None
-    clips: dict[str, str]

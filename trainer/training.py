@@ -22,13 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import wavfile
 
+from trainer.augment import augmented, check
+from trainer.augmentation import Augmentation
+from trainer.cache import Cache
 from trainer.dataset import Clip, Dataset, Index, data_hash
+from trainer.documents import documents
 from trainer.extract import Windows, featurize
 from trainer.holdout import Truth, truth_of
 from trainer.listening import Progress, Skipped, silent, sound_of
 from trainer.models import ForestSpec
 from trainer.reference import reference_profile, watched_features
-from trainer.results import Evaluation, FamilyImportance, Kept, Search
+from trainer.report import Findings
+from trainer.results import Evaluation, FamilyImportance, Search, Survey
+from trainer.survey import survey as surveyed
 from trainer.validation import Validation, cross_validate
 from worker import bundle
 from worker.bundle import Manifest
@@ -69,9 +75,13 @@ def fit(
     forest: ForestSpec = HUNDRED_TREES,
     trees: int | None = None,
     folds: int = 5,
+    augmentation: Augmentation | None = None,
     search: Search | None = None,
+    survey: Survey | None = None,
+    report: bool = False,
     seed: int = 0,
     jobs: int = -1,
+    cache: Cache | None = None,
     on_progress: Progress = silent,
 ) -> Fitted:
     """Train a model on ``dataset`` and write it to ``out``.
@@ -84,9 +94,13 @@ def fit(
         forest: what is grown.
         trees: how many, if ``forest`` is to have another number than it says.
         folds: how many, if the data set has none of its own.
+        augmentation: what copies of the clips are trained on as well.
         search: how the settings of the forest were found, to be told with the model.
-        seed: of the forest and of the splits.
+        survey: of ``dataset``, if it is known already.
+        report: whether to write the report too, which takes a few seconds.
+        seed: of the forest, the splits and the copies.
         jobs: processor cores to use; -1 is all of them. The result does not depend on it.
+        cache: where features may be kept; the result does not depend on it either.
         on_progress: told how far the work is.
 
     Raises:
@@ -100,7 +114,14 @@ def fit(
         featurizer = Featurizer(spec)
     except ValueError as error:
         raise Fatal(str(error)) from error
-    windows = featurize(dataset, featurizer, jobs=jobs, on_progress=on_progress)
+    if augmentation is not None:
+        check(augmentation, dataset.task, spec.sample_rate)
+    survey = survey or surveyed(dataset, jobs=jobs, cache=cache, on_progress=on_progress)
+    windows = featurize(dataset, featurizer, jobs=jobs, cache=cache, on_progress=on_progress)
+    if augmentation is not None:
+        windows = augmented(
+            windows, featurizer, augmentation, seed=seed, jobs=jobs, cache=cache, on_progress=on_progress
+        )
     truth = truth_of(windows)
     validation = cross_validate(
         windows, truth, featurizer, forest, n_splits=folds, seed=seed, jobs=jobs, on_progress=on_progress
@@ -112,8 +133,25 @@ def fit(
     on_progress("fitting the forest", 1, 1)
     flat = Forest.from_sklearn(model)
     watched = watched_features(model.feature_importances_, featurizer.feature_names)
+    profile = _profile(windows, truth, validation, featurizer, watched)
     clips = windows.dataset.clips
-    kept = Kept(validation.evaluation, validation.importances, search, {clip.name: clip.sha256 for clip in clips})
+
+    def documents_for(manifest: Manifest) -> dict[str, str]:
+        findings = Findings(
+            manifest=manifest,
+            survey=survey,
+            evaluation=validation.evaluation,
+            profile=profile,
+            dataset=windows.dataset,
+            importances=validation.importances,
+            search=search,
+            skipped=tuple(windows.skipped),
+        )
+        on_progress("writing", 0, 1)
+        found = documents(findings, with_report=report)
+        on_progress("writing", 1, 1)
+        return found
+
     manifest = bundle.write(
         out,
         {
@@ -126,22 +164,22 @@ def fit(
             "metrics": _metrics(validation.evaluation),
             "calibration": validation.calibration,
             "forest": msgspec.to_builtins(forest),
-            "augmentation": None,
-            "validation": {"folds": folds},
+            "augmentation": msgspec.to_builtins(augmentation),
+            "validation": {"folds": folds, "group": dataset.group},
             "search": _told(search),
             "seed": seed,
             "clips": len(clips),
-            "windows": len(windows.owner),
+            "windows": int((windows.copies == 0).sum()),
             "data_hash": data_hash(windows.dataset),
         },
         featurizer=featurizer,
         forest=model,
-        profile=_profile(windows, truth, validation, featurizer, watched),
+        profile=profile,
         goldens=[
             golden(featurizer, flat, _excerpt(clips[number], spec))
             for number in _golden_clips(windows.owner, truth.targets)
         ],
-        documents=lambda _manifest: {bundle.EVALUATION: msgspec.json.format(msgspec.json.encode(kept)).decode()},
+        documents=documents_for,
     )
     return Fitted(manifest, validation.evaluation, validation.importances, windows.skipped)
 

@@ -414,3 +414,22 @@ class TestRealRecordings:
         """The pitch is recognised as a quantity."""
         dataset = load(notes, label="midi_pitch")
         assert ("regression", "midi_pitch", 313) == (dataset.task, dataset.label, len(dataset.clips))
+
+
+class TestGroupColumns:
+    def test_other_columns_say_what_belongs_together(self, notes: Path) -> None:
+        """The notes of one instrument are a group; asked for, those of one instrument and pitch are."""
+        instruments = load(notes, label="midi_pitch")
+        pitches = load(notes, label="midi_pitch", group="group+midi_pitch")
+        assert 6 == len({clip.group for clip in instruments.clips})
+        assert "cello+39" == pitches.clips[0].group
+        assert (None, "group+midi_pitch") == (instruments.group, pitches.group)
+        assert 100 < len({clip.group for clip in pitches.clips}) < len(pitches.clips)
+
+    def test_a_column_that_is_not_there(self, notes: Path, tmp_path: Path) -> None:
+        """The columns that there are stand beside it; folders have none."""
+        with pytest.raises(Fatal, match=r"no column 'machine' to group by; it has filename, midi_pitch, group"):
+            load(notes, label="midi_pitch", group="group+machine")
+        (tmp_path / "dog").mkdir()
+        with pytest.raises(Fatal, match=r"has no manifest .* no column 'machine'"):
+            load(tmp_path, group="machine")
