@@ -157,7 +157,7 @@ class ApacheKafka:
 
     def __init__(self, jars: Path, folder: Path, secured: Secured | None = None) -> None:
         self._java = ("java", *JVM, *QUIET, "-cp", f"{jars}/*")
-        self._data = folder / "data"
+        self.data = folder / "data"
         self._settings = folder / "server.properties"
         self._log = folder / "server.log"
         self._server: subprocess.Popen[bytes] | None = None
@@ -175,7 +175,7 @@ class ApacheKafka:
                 "CONTROLLER": controller,
             }
         settings = SETTINGS | {
-            "log.dirs": str(self._data),
+            "log.dirs": str(self.data),
             "listeners": ",".join(f"{name}://{address}" for name, address in listeners.items()),
             "controller.quorum.voters": f"1@{controller}",
         }
@@ -196,7 +196,7 @@ class ApacheKafka:
         Raises:
             RuntimeError: it ended instead, or does not answer within `START_TIMEOUT`.
         """
-        if not self._data.is_dir():
+        if not self.data.is_dir():
             self._format()
         with self._log.open("ab") as log:
             command = (*self._java, "kafka.Kafka", str(self._settings))
@@ -242,7 +242,7 @@ class ApacheKafka:
             timeout=START_TIMEOUT,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"Apache Kafka cannot format {self._data}: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"Apache Kafka cannot format {self.data}: {done.stdout}{done.stderr}")
 
     def _wait_until_ready(self) -> None:
         assert self._server is not None

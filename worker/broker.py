@@ -24,11 +24,14 @@ class Polled(NamedTuple):
     ``assigned`` are partitions of ``audio.in`` that are newly ours: their states must be restored
     before ``records`` are processed. ``revoked`` are partitions that are ours no longer: their
     states must be dropped. A partition in both was lost and won back: drop, then restore.
+    ``unplaced`` are partitions that are ours and bring no records yet, for the broker has not told
+    where to go on from; a session ends if that takes too long.
     """
 
     records: list[Record]
     assigned: frozenset[int]
     revoked: frozenset[int]
+    unplaced: frozenset[int] = frozenset()
 
 
 class Transaction(Protocol):

@@ -48,6 +48,7 @@ from worker.security import OPEN, Security
 SESSION_TIMEOUT: Final = 10.0  # a member that died: its partitions go to the others after this
 HEARTBEAT_INTERVAL: Final = 1.0  # a lost heartbeat or two is no death; and so soon a member hears of a rebalance
 MAX_POLL_INTERVAL: Final = 300.0  # a member that lives and hangs; longer than RESTORE_TIMEOUT and the slowest batch
+PLACE_TIMEOUT: Final = 45.0  # offsets that stay undecided: TRANSACTION_TIMEOUT, and the broker's next look within 10 s
 RESTORE_TIMEOUT: Final = 60.0  # states that stay undecided: TRANSACTION_TIMEOUT, the broker's next look, some reading
 SILENCE: Final = 10.0  # an outage, which a poll cannot tell from a quiet topic, so ask after this
 IDLE: Final = 1.0  # how long `follow` waits before it says that nothing came
@@ -232,15 +233,15 @@ class KafkaSession:
         self._topics = topics
         self._group = f"{topics.prefix}{group}"  # systems with prefixes of their own share a cluster, not a group
         self._instance = instance
+        self._transactions = f"earshot/{self._group}/"
         self._changes = _Changes()
         self._heard = -math.inf
-        self._producer = cluster.producer(
-            transactional_id=f"earshot/{self._group}/{instance}", transaction_timeout_ms=ms(TRANSACTION_TIMEOUT)
-        )
-        self._farewells: list[Callable[[], None]] = [self._producer.end]
+        self._placed = math.inf
+        self._farewells: list[Callable[[], None]] = []
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
-            cluster.attempt("join", INIT_TIMEOUT + GRACE, self._producer.init_transactions)
+            self._producer, self._committed = self._succeed(f"{self._transactions}{instance}")
+            self._farewells.append(self._producer.end)
             self._consumer = cluster.consumer(
                 group_id=self._group,
                 auto_offset_reset="none",  # or the client would go on from elsewhere without a word
@@ -262,6 +263,7 @@ class KafkaSession:
         The client itself waits in silence for a topic that is missing, for a cluster that is gone
         and, once another session of its instance has taken its place in the group, for good.
         """
+        self._require_leaders()
         if time.monotonic() - self._heard > SILENCE:
             self._cluster.require(self._topics)
             self._require_membership()
@@ -269,7 +271,9 @@ class KafkaSession:
         records = self._cluster.attempt("poll", timeout + GRACE, lambda: self._poll(timeout, max_records))
         if records:
             self._heard = time.monotonic()
-        return Polled(records, *self._changes.take())
+        unplaced = self._consumer.unplaced()
+        self._require_places(unplaced)
+        return Polled(records, *self._changes.take(), unplaced)
 
     def restore(self, partitions: Iterable[int]) -> Iterator[Record]:
         """Yield the latest record of each key in these partitions of ``drift.state``.
@@ -319,6 +323,7 @@ class KafkaSession:
         A block that raises `Retryable` is not aborted here, since that may wait for the broker that
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
+        self._require_leaders()
         self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
         transaction = KafkaTransaction(self._cluster, self._producer)
         try:
@@ -337,6 +342,64 @@ class KafkaSession:
         while self._farewells:
             self._cluster.farewell(self._farewells.pop(0))
 
+    def _succeed(self, transactional_id: str, *, suspected: bool = False) -> tuple[Producer, bool]:
+        """Return the next producer of a transactional id, and whether the one before has committed last.
+
+        What the one before had begun is ended, and so is that one. What the cluster holds for complete
+        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``.
+        """
+        committed = self._cluster.was_committed(transactional_id)
+        producer = self._cluster.producer(
+            transactional_id=transactional_id, transaction_timeout_ms=ms(TRANSACTION_TIMEOUT)
+        )
+        try:
+            self._cluster.attempt("join", INIT_TIMEOUT + GRACE, producer.init_transactions)
+            if committed is not None:
+                left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
+                if left or suspected:
+                    self._settle(producer, [*left, *unseen], commit=committed)
+        except BaseException:
+            self._cluster.farewell(producer.end)
+            raise
+        return producer, committed or False
+
+    def _settle(self, producer: Producer, partitions: Sequence[Any], *, commit: bool) -> None:
+        self._cluster.attempt(
+            "end an open transaction",
+            TRANSACTION_TIMEOUT,
+            lambda: producer.settle(partitions, self._group, commit=commit),
+        )
+
+    def _require_leaders(self) -> None:
+        """Raise Retryable once partitions have other leaders: markers may be missing, which the next session writes."""
+        if self._producer.moved():
+            raise Retryable(
+                f"partitions at {self._cluster} have other leaders: transactions may have been left open there"
+            )
+
+    def _require_places(self, unplaced: frozenset[int]) -> None:
+        """Raise Retryable if partitions are ours and wait too long for their offsets, which the client does in silence.
+
+        Kafka tells no offset while a transaction that commits one is open. Its time limit ends each,
+        unless the marker was lost: then only the next producer of its instance can do it, and that
+        instance may never come back. So all of the group are succeeded, once; what lives is fenced by
+        it, and goes on in another session.
+        """
+        now = time.monotonic()
+        self._placed = min(self._placed, now) if unplaced else now
+        if now - self._placed <= PLACE_TIMEOUT:
+            return
+        others = set(self._cluster.transactional_ids(self._transactions)) - {f"{self._transactions}{self._instance}"}
+        self._settle(self._producer, [], commit=self._committed)
+        for other in sorted(others):
+            self._cluster.farewell(self._succeed(other, suspected=True)[0].end)
+        raise Retryable(
+            f"group {self._group!r} at {self._cluster} was told no offset of the partitions {sorted(unplaced)} of "
+            f"{self._topics.audio_in!r} for {PLACE_TIMEOUT:.0f} s: a transaction that commits them is still open. "
+            f"Ended what may have been left by {', '.join(sorted(others)) or 'this instance'}; if this comes again, "
+            "look with `kafka-transactions.sh find-hanging`"
+        )
+
     def _subscribe(self) -> None:
         """Subscribe, and wait until the client knows the partitions.
 
@@ -351,6 +414,7 @@ class KafkaSession:
         deadline = time.monotonic() + timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
+            self._consumer.resume_joining()
             try:
                 return self._consumer.records(left, max_records)
             except NoOffset as error:  # the group is new to these partitions

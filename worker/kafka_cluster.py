@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import ssl
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -29,7 +30,7 @@ from kafka import (
     TopicPartition,
 )
 from kafka import errors as kafka_errors
-from kafka.admin import MemberToRemove
+from kafka.admin import MemberToRemove, TransactionState
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
@@ -65,6 +66,7 @@ REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.
 BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 
 LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
+ASK_AGAIN: Final = 0.2  # seconds; until a coordinator has read its log, after a start or a move
 BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
 
 CONNECT: Final = "connect"  # the one attempt whose failure may have to do with the settings
@@ -78,6 +80,9 @@ NoOffset: Final = kafka_errors.NoOffsetForPartitionError
 OffsetOutOfRange: Final = kafka_errors.OffsetOutOfRangeError
 
 
+COMMITTED: Final = (TransactionState.PREPARE_COMMIT, TransactionState.COMPLETE_COMMIT)
+
+
 class TlsError(kafka_errors.KafkaError):  # type: ignore[misc]  # the client ships no types
     """No connection came about, for TLS does not allow it."""
 
@@ -88,6 +93,13 @@ REFUSED: Final = (
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.UnsupportedSaslMechanismError,
     kafka_errors.IllegalSaslStateError,
+)
+NOT_UP_YET: Final = (
+    kafka_errors.CoordinatorLoadInProgressError,
+    kafka_errors.CoordinatorNotAvailableError,
+    kafka_errors.NotCoordinatorError,
+    kafka_errors.LeaderNotAvailableError,
+    kafka_errors.NotLeaderForPartitionError,
 )
 BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 UNUSABLE: Final = (
@@ -223,6 +235,47 @@ class Cluster:
                 f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
             )
 
+    def was_committed(self, transactional_id: str) -> bool | None:
+        """Return how the last transaction of a producer ends or has ended; None if there was none, or nobody says."""
+
+        def look(admin: Any) -> bool | None:
+            try:
+                found = admin.describe_transactions([transactional_id])[transactional_id]
+            except (kafka_errors.TransactionalIdNotFoundError, kafka_errors.UnsupportedVersionError):
+                return None
+            return found.state in COMMITTED
+
+        return self.ask("look at the last transaction", look)
+
+    def left_open(self, producer_id: int, topics: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """Return in which partitions a producer has an open transaction, and where that cannot be seen.
+
+        Only those of ``topics`` count that may be written; where they may not be read, it cannot be seen.
+        """
+
+        def look(admin: Any) -> tuple[list[Any], list[Any]]:
+            seen: list[Any] = []
+            unseen: list[Any] = []
+            for topic in admin.describe_topics(list(topics)):
+                if topic["error_code"] == 0 and _may(topic, "WRITE"):
+                    logs = [Partition(topic["name"], each["partition_index"]) for each in topic["partitions"]]
+                    (seen if _may(topic, "READ") else unseen).extend(logs)
+            producers = admin.describe_producers(seen)
+            return [log for log in seen if _has_open(producers[log], producer_id)], unseen
+
+        return self.ask("look for open transactions", look)
+
+    def transactional_ids(self, prefix: str) -> list[str]:
+        """Return those that begin with ``prefix`` and that the cluster remembers."""
+
+        def look(admin: Any) -> list[str]:
+            found = admin.list_transactions().values()
+            return sorted(
+                each.transactional_id for listed in found for each in listed if each.transactional_id.startswith(prefix)
+            )
+
+        return self.ask("look for transactions", look)
+
     def members(self, group: str) -> set[str]:
         """Return the ids of the members of a group, as its coordinator knows them."""
 
@@ -251,11 +304,18 @@ class Cluster:
             raise self._reaction(error, what) from error
 
     def ask(self, what: str, question: Callable[[Any], T]) -> T:
-        """Let an admin client of its own answer ``question``."""
+        """Let an admin client of its own answer ``question``, and wait a little for a broker that is not up yet."""
 
         def ask() -> T:
+            deadline = time.monotonic() + REQUEST_TIMEOUT
             with self.admin() as admin:
-                return question(admin)
+                while True:
+                    try:
+                        return question(admin)
+                    except NOT_UP_YET:
+                        if time.monotonic() > deadline:
+                            raise
+                    time.sleep(ASK_AGAIN)
 
         return self.attempt(what, CONNECT_TIMEOUT + 2 * REQUEST_TIMEOUT + GRACE, ask)
 
@@ -308,6 +368,10 @@ class Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no type
     The client's own flush raises at its timeout, and close then leaves its thread.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._epochs: dict[Any, int | None] = {}
+
     def flush(self, timeout: float | None = None) -> None:
         """Wait at most ``timeout`` seconds for each batch; what was not delivered says so in its result."""
         with contextlib.suppress(kafka_errors.KafkaTimeoutError):
@@ -348,6 +412,41 @@ class Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no type
             member,
         )
 
+    @property
+    def id(self) -> int:
+        """The number under which the cluster knows this producer and those before it of its transactional id."""
+        number: int = self._transaction_manager.producer_id_and_epoch.producer_id
+        return number
+
+    def settle(self, partitions: Iterable[Any], group: str, *, commit: bool) -> None:
+        """End what the producer before has left open in ``partitions`` and in the offsets of ``group``.
+
+        The cluster holds its last transaction for complete by now. But a broker that sees a partition
+        without a leader may pass over the marker that ends the transaction there (KAFKA-20734, Apache
+        Kafka 4.1 to 4.3), and then it stays open for ever, for readers of committed records and for the
+        offsets. The marker of an empty transaction ends it as well, so this one has to end as that one did.
+        """
+        self.begin_transaction()
+        for partition in partitions:
+            self._transaction_manager.maybe_add_partition_to_transaction(partition)
+        self.send_offsets_to_transaction({}, group)  # comes back when the partitions are added, too
+        if commit:
+            self.commit_transaction()
+        else:
+            self.abort_transaction()
+
+    def moved(self) -> bool:
+        """Return whether a partition that is written to has another leader than when this was last asked."""
+        known = self._metadata
+        epochs = {
+            each: known.leader_epoch_for_partition(each)
+            for topic in known.topics()
+            for each in (Partition(topic, number) for number in known.partitions_for_topic(topic) or ())
+        }
+        moved = any(self._epochs.get(each, epoch) != epoch for each, epoch in epochs.items())
+        self._epochs |= epochs
+        return moved
+
     def end(self) -> None:
         """Close within `CLOSE_TIMEOUT`."""
         self.close(timeout=CLOSE_TIMEOUT)
@@ -383,6 +482,20 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
             for records in self.poll(timeout_ms=ms(timeout), max_records=max_records).values()
             for each in records
         ]
+
+    def resume_joining(self) -> None:
+        """See a rebalance through that was under way when the last poll ended.
+
+        The client forgets about it if its reason has gone by then, as when topics have changed and are
+        known now: it would send no heartbeat any more and wait to be shown out.
+        """
+        if self._coordinator.rejoining:
+            self._coordinator.request_rejoin()
+
+    def unplaced(self) -> frozenset[int]:
+        """Return the partitions that are ours, and of which it is not known yet where to go on from."""
+        placed = self._subscription.has_valid_position
+        return frozenset(each.partition for each in self.assignment() if not placed(each))
 
     def end(self) -> None:
         """Close within `CLOSE_TIMEOUT`, and commit nothing."""
@@ -485,6 +598,18 @@ def _refused_by_tls(error: Exception) -> str | None:
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, BROKEN):
             return cause.reason or str(cause)
     return None
+
+
+def _may(topic: Mapping[str, Any], operation: str) -> bool:
+    """Return whether a topic's description allows it; a broker that does not say will refuse in time."""
+    return operation in topic.get("authorized_operations", (operation,))
+
+
+def _has_open(state: Any, producer_id: int) -> bool:
+    return any(
+        each.producer_id == producer_id and each.current_transaction_start_offset >= 0
+        for each in state.active_producers
+    )
 
 
 def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:

@@ -105,8 +105,9 @@ class Service:
     def _serve(self, session: Session) -> None:
         states: States = {}
         settled = self._clock() + SETTLED
+        waiting: frozenset[int] = frozenset()
         while not self._stop.is_set():
-            records, assigned, revoked = session.poll(self._poll_seconds, self._max_batch_records)
+            records, assigned, revoked, unplaced = session.poll(self._poll_seconds, self._max_batch_records)
             self._pulse.beat("polled")
             started = self._clock()
             if assigned or revoked:
@@ -115,10 +116,21 @@ class Service:
                 self._restore(session, states, assigned)
                 sources = sum(len(each) for each in states.values())
                 self._log.info("assigned", new=sorted(assigned), gone=sorted(revoked), sources=sources)
-            if not records and started >= settled:
+            waiting = self._wait_for(unplaced, waiting)
+            if not records and not unplaced and started >= settled:
                 self._last_advance = started
             for part in _parts(records, self._max_batch_bytes):
                 self._process(session, states, part)
+
+    def _wait_for(self, unplaced: frozenset[int], before: frozenset[int]) -> frozenset[int]:
+        """Say that partitions are ours and cannot be served yet, or that they can; return them."""
+        if unplaced:
+            self._pulse.unready(f"the broker does not tell yet where to go on in partitions {sorted(unplaced)}")
+        elif before:
+            self._pulse.ready()
+        if unplaced != before:
+            self._log.info("waiting_for_offsets", partitions=sorted(unplaced))
+        return unplaced
 
     def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:
         """Run the pipeline and commit what it has made, in one transaction."""

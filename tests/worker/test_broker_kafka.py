@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -582,6 +583,85 @@ def test_a_broker_that_freezes_ends_the_session_in_time(
     grace = kafka_cluster.GRACE
     assert longest < 4.0 + grace + 3.0  # the bound of a transaction is the longest
     assert closed < 3 * (1.0 + grace)
+
+
+# -- transactions that are left open ---------------------------------------------------------------
+
+
+def lose_markers(kafka: apache_kafka.ApacheKafka) -> None:
+    """Cut the last marker off each log of a broker that was killed.
+
+    A broker leaves them out by itself if it holds a partition for deleted that has no leader for the
+    moment, and holds the transaction for complete all the same: Apache Kafka 4.1 to 4.3 (KAFKA-20734).
+    """
+    for log in kafka.data.glob("*/00000000000000000000.log"):
+        if log.parent.name.startswith(("__transaction_state", "__cluster_metadata")):
+            continue
+        content = log.read_bytes()
+        at = last = 0
+        while at + 12 <= len(content) and (length := int.from_bytes(content[at + 8 : at + 12])):
+            last, at = at, at + 12 + length
+        attributes = int.from_bytes(content[last + 21 : last + 23])
+        if attributes & 0x20:  # a control batch
+            os.truncate(log, last)
+
+
+def is_complete(address: str, transactional_id: str) -> bool:
+    """Whether the cluster holds the last transaction for complete, all of its markers written."""
+    with KafkaAdminClient(bootstrap_servers=address) as admin:
+        state: str = admin.describe_transactions([transactional_id])[transactional_id].state
+        return state.startswith("Complete")
+
+
+def open_transactions(address: str, topics: Sequence[str]) -> set[str]:
+    """Which of these topics hold a transaction without an end."""
+    with KafkaAdminClient(bootstrap_servers=address) as admin:
+        logs = [
+            TopicPartition(topic["name"], partition["partition_index"])
+            for topic in admin.describe_topics(topics)
+            for partition in topic["partitions"]
+        ]
+        return {
+            log.topic
+            for log, state in admin.describe_producers(logs).items()
+            if any(each.current_transaction_start_offset >= 0 for each in state.active_producers)
+        }
+
+
+@pytest.mark.parametrize(("end", "heir"), [("commit_transaction", "one"), ("abort_transaction", "two")])
+def test_what_the_broker_left_open_is_ended_as_it_was_meant(
+    mortal: apache_kafka.ApacheKafka, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch, end: str, heir: str
+) -> None:
+    """A marker that was never written blocks neither the offsets nor readers, whichever way the transaction went.
+
+    The next session of the instance writes it. If it never comes, another one does, and says so.
+    """
+    monkeypatch.setattr(broker_kafka, "PLACE_TIMEOUT", 2.0)
+    with closing(KafkaBroker([mortal.address], topics)) as broker:
+        broker.create_topics(topics.layout(PARTITIONS))
+        broker.publish(sounds(topics, PARTITIONS))
+        with closing(broker.join(group, "one")) as session:
+            records = poll_for(session, PARTITIONS)
+            monkeypatch.setattr(session._producer, "commit_transaction", getattr(session._producer, end))
+            process(session, topics, records)
+            wait_for(lambda: is_complete(mortal.address, f"earshot/{topics.prefix}{group}/one"))
+            mortal.kill()
+            lose_markers(mortal)
+            mortal.start()
+        written = [topics.predictions_out, "__consumer_offsets"]
+        assert set(written) == open_transactions(mortal.address, written)
+
+        if heir != "one":
+            told = rf"no offset of the partitions \[0, 1, 2, 3\] .* left by earshot/{topics.prefix}{group}/one;"
+            with closing(broker.join(group, heir)) as session, pytest.raises(Retryable, match=told):
+                poll_for(session, 1)
+        with closing(broker.join(group, heir)) as session:
+            if end == "abort_transaction":
+                process(session, topics, poll_for(session, PARTITIONS))
+            assert [] == session.poll(3.0, 100).records
+            assert frozenset() == session.poll(0.1, 100).unplaced
+        assert PARTITIONS == len(committed(broker, topics.predictions_out))
+        assert set() == open_transactions(mortal.address, written)
 
 
 def test_a_client_that_hangs_ends_the_session_in_time(
