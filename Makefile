@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := build/bench
 
-.PHONY: help demo test faults chaos soak bench lint format lock clean
+.PHONY: help demo test faults chaos soak bench skew lint format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ chaos: $(READY) ## kill workers and the broker while 5,000 chunks pass, and comp
 
 soak: $(READY) ## an hour of stream at full speed: do memory, threads and open files stay flat?
 	@$(BIN)/python -m tests.system.soak
+
+skew: $(READY) ## serve ESC-10 differently from training, in the ways that cost accuracy, to a notebook's loop and to the worker
+	@$(BIN)/python -m tests.system.skew $(DATA)
 
 bench: $(BENCH)/.ready ## measure speed beside the peers, in an environment of its own; ARGS='--json FILE' or a part, such as forest
 	@$(BENCH)/bin/python -m tests.bench $(ARGS)
