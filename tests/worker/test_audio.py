@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -442,6 +443,140 @@ class TestStrangersBytes:
         """No prefix of a container passes for the whole."""
         with pytest.raises(BadRecord):
             audio.decode(original[:-cut], None, LIMITS)
+
+
+def chunk(name: bytes, body: bytes, claimed: int | None = None) -> bytes:
+    """A chunk of a WAV, with its padding, and perhaps a lie about its size."""
+    size = len(body) if claimed is None else claimed
+    return name + size.to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
+
+
+def riff(*chunks: bytes, size: int | None = None) -> bytes:
+    body = b"WAVE" + b"".join(chunks)
+    return b"RIFF" + (len(body) if size is None else size).to_bytes(4, "little") + body
+
+
+@st.composite
+def formats(draw: st.DrawFn) -> bytes:
+    """The body of a format chunk: mostly one that fits together, of a common or an odd encoding."""
+    tag = draw(st.sampled_from([1, 1, 1, 3, 3, 2, 6, 7, 0x11]))
+    bits = draw(st.sampled_from([8, 16, 24, 32, 64, 4, 12, 20]))
+    channels = draw(st.sampled_from([1, 1, 2, 3, 9, 0, 33]))
+    rate = draw(st.sampled_from([16_000, 44_100, 999, 384_001]))
+    frame = draw(st.sampled_from([channels * bits // 8] * 6 + [0, 1, 4 * channels]))
+    kind = draw(st.sampled_from(["", "", "long", "wavex", "wavex", "odd wavex"]))
+    extension = b"\0\0" if kind == "long" else b""
+    if "wavex" in kind:
+        valid = bits if kind == "wavex" else draw(st.integers(0, 64))
+        guid = tag.to_bytes(2, "little") + bytes.fromhex("000000001000800000aa00389b71")
+        guid = guid if kind == "wavex" else guid[:-1] + draw(st.sampled_from([b"\x71", b"\0"]))
+        extension = (22).to_bytes(2, "little") + valid.to_bytes(2, "little") + bytes(4) + guid
+        tag = 0xFFFE
+    fields = ((tag, 2), (channels, 2), (rate, 4), (rate * frame, 4), (frame, 2), (bits, 2))
+    return b"".join(value.to_bytes(size, "little") for value, size in fields) + extension
+
+
+REMARKS = st.builds(
+    chunk,
+    st.sampled_from([b"LIST", b"fact", b"JUNK", b"PEAK", b"cue ", b"smpl", b"bext", b"id3 ", b"xyz ", b"\0\0\0\0"]),
+    st.binary(max_size=20),
+)
+INFO = st.lists(
+    st.builds(chunk, st.sampled_from([b"ISFT", b"INAM", b"ICMT", b"IXYZ", b"abcd"]), st.binary(max_size=9)), max_size=3
+).map(lambda texts: chunk(b"LIST", b"INFO" + b"".join(texts)))
+FACT = st.binary(min_size=4, max_size=4).map(lambda count: chunk(b"fact", count))
+PEAK = (
+    st.sampled_from([16, 24])
+    .flatmap(lambda size: st.binary(min_size=size, max_size=size))
+    .map(lambda peaks: chunk(b"PEAK", peaks))
+)
+ANY_REMARKS = st.lists(st.one_of(REMARKS, INFO, FACT, PEAK), max_size=2)
+SAMPLES = st.one_of(
+    st.binary(max_size=200),
+    st.lists(st.floats(width=32), max_size=20).map(lambda values: np.array(values, "<f4").tobytes()),
+    st.lists(st.floats(), max_size=20).map(lambda values: np.array(values, "<f8").tobytes()),
+)
+
+
+@st.composite
+def wavs(draw: st.DrawFn) -> bytes:
+    """A WAV: ordinary, as encoders write into pipes, with remarks here and there, cut off, or nonsense."""
+    samples = draw(SAMPLES)
+    claimed = draw(st.sampled_from([None] * 6 + [0, 0xFFFF_FFFF, 0x7FFF_F024, len(samples) + 3, len(samples) // 2]))
+    parts = [
+        *draw(ANY_REMARKS),
+        chunk(b"fmt ", draw(formats())),
+        *draw(ANY_REMARKS),
+        chunk(b"data", samples, claimed),
+        *draw(ANY_REMARKS),
+        *draw(st.sampled_from([[]] * 6 + [[b"\0"], [b"LIST"], [chunk(b"data", b"1234")], [chunk(b"fmt ", bytes(16))]])),
+    ]
+    if draw(st.integers(0, 9)) == 0:
+        parts = draw(st.permutations(parts))
+    data = riff(*parts, size=draw(st.sampled_from([None] * 5 + [0xFFFF_FFFF, 0, 0x7FFF_F024])))
+    return data[: len(data) - draw(st.sampled_from([0] * 8 + [1, 2, 7]))]
+
+
+class TestPlainWav:
+    """An ordinary WAV is read without libsndfile, and nobody can tell."""
+
+    def outcome(self, data: bytes, *, plain: bool) -> tuple[object, ...]:
+        with pytest.MonkeyPatch.context() as patch:
+            if not plain:
+                patch.setattr(audio, "_plain_wav", lambda _: None)
+            try:
+                sound = audio.decode(data, "audio/wav", LIMITS)
+            except BadRecord as error:
+                return error.reason, error.detail
+            return sound.samples.dtype, sound.samples.shape, sound.samples.tobytes(), sound.sample_rate, sound.duration
+
+    @given(data=wavs())
+    @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    def test_any(self, data: bytes) -> None:
+        """Samples, rate, duration, or reason and detail are libsndfile's, to the last bit."""
+        assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
+
+    @given(
+        original=st.sampled_from(TestStrangersBytes.ORIGINALS[:5]),
+        damage=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), max_size=4),
+        cut=st.sampled_from([0, 0, 0, 1, 500]),
+    )
+    @settings(max_examples=500, deadline=None)
+    def test_damaged(self, original: bytes, damage: list[tuple[int, int]], cut: int) -> None:
+        """The same for real files with bytes of their headers changed."""
+        data = bytearray(original)
+        for position, value in damage:
+            data[position] = value
+        data = data[: len(data) - cut]
+
+        assert self.outcome(bytes(data), plain=False) == self.outcome(bytes(data), plain=True)
+
+    @pytest.mark.parametrize(("container", "subtype", "bits"), [each for each in EXACT if each[0].startswith("WAV")])
+    @pytest.mark.parametrize("channels", [1, 2, 9])
+    def test_ordinary_files_are_plain(self, container: str, subtype: str, bits: int, channels: int) -> None:
+        """What libsndfile writes is found, so that the tests above compare two different things."""
+        del bits
+        data = encode(RNG.uniform(-1, 1, (4_001, channels)), 16_000, container, subtype)
+
+        assert audio._plain_wav(data) is not None
+        assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
+
+    def test_real_clips(self, esc10: Path) -> None:
+        """Real recordings, as WAV files of every depth, are libsndfile's to the last bit."""
+        for clip in sorted((esc10 / "audio").iterdir())[::80]:
+            samples, rate = soundfile.read(clip)
+            for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"):
+                data = encode(samples, rate, "WAV", subtype)
+                assert audio._plain_wav(data) is not None
+                assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
+
+    @pytest.mark.parametrize("subtype", ["ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"])
+    def test_the_rest_is_for_libsndfile(self, subtype: str) -> None:
+        """Compressed WAVs are none of this, and decode all the same."""
+        data = encode(tone(), 16_000, "WAV", subtype)
+
+        assert audio._plain_wav(data) is None
+        assert audio.decode(data, None, LIMITS).samples.size >= 16_000
 
 
 class TestResample:
