@@ -12,10 +12,11 @@ those equal a cluster gives what one process gives, to the bit.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,7 @@ def cluster(scheduler: str, data: Path | None = None, patience: float = PATIENCE
             f"no Dask scheduler answers at {scheduler!r} within {patience:g} s: {error}; expected an address such as "
             "tcp://10.0.0.1:8786, where `dask scheduler` runs"
         ) from error
-    with client:
+    with client, _quiet():
         try:
             client.wait_for_workers(1, timeout=patience)
         except TimeoutError as error:
@@ -68,8 +69,9 @@ def cluster(scheduler: str, data: Path | None = None, patience: float = PATIENCE
             _check(client, data)
             with joblib.parallel_config(backend="dask", client=client):
                 yield
-        except (distributed.KilledWorker, distributed.comm.CommClosedError) as error:
-            raise Fatal(f"the Dask cluster at {scheduler} was lost: {error}; nothing was written") from error
+        except (distributed.KilledWorker, distributed.comm.CommClosedError, CancelledError) as error:
+            what = " ".join(str(error).split())  # some of these have several lines
+            raise Fatal(f"the Dask cluster at {scheduler} was lost: {what}; start it again, and then this") from error
 
 
 @contextmanager
@@ -88,10 +90,22 @@ def counted(tasks: int, on_done: Callable[[int], None]) -> Iterator[Callable[[],
     topic = f"earshot-{uuid4().hex}"
     client.subscribe_topic(topic, lambda _event: count())
     try:
-        yield _Event(topic)
+        yield _Event(topic, count)
     finally:
         client.unsubscribe_topic(topic)
     count.finish()  # events travel on their own, and the last ones may come after the results
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the client of Dask from logging the tracebacks of what is told in one line here."""
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Count:
@@ -116,14 +130,21 @@ class _Count:
                 self._on_done(self._done)
 
 
-@dataclass(frozen=True)
 class _Event:
-    """Tells the subscribers of a topic from within a task of a Dask worker."""
+    """Counts a task that is done here; what is sent to a Dask worker leaves the count behind, and sends word to it."""
 
-    topic: str
+    def __init__(self, topic: str, count: _Count | None = None) -> None:
+        self._topic = topic
+        self._count = count
+
+    def __reduce__(self) -> tuple[type[_Event], tuple[str]]:
+        return type(self), (self._topic,)
 
     def __call__(self) -> None:
-        import_module("distributed").get_worker().log_event(self.topic, None)
+        if self._count is not None:
+            self._count()  # joblib does the work of a cluster of one core here
+        else:
+            import_module("distributed").get_worker().log_event(self._topic, None)
 
 
 def _check(client: Any, data: Path | None) -> None:
