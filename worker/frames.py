@@ -23,6 +23,7 @@ import scipy.fft
 import scipy.ndimage
 import scipy.sparse
 
+from worker.compiled import compiled
 from worker.windows import Array, FeatureSet, Floats, Stft, Window
 
 Family = Literal[
@@ -97,7 +98,7 @@ class Tables(NamedTuple):
     """What a spec fixes and librosa would compute on every call."""
 
     mel: Array  # CSR (n_mels, bins): at most two filters overlap, so 2 % of a dense product's work
-    frequencies: Array  # (bins, 1), Hz
+    frequencies: Array  # (bins,), Hz
     contrast: tuple[tuple[slice, int], ...]  # the bins of each band, and how many make its peak
 
     @classmethod
@@ -114,7 +115,7 @@ class Tables(NamedTuple):
             raise ValueError(
                 f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more"
             )
-        return cls(mel, frequencies[:, np.newaxis], bands)
+        return cls(mel, frequencies, bands)
 
 
 class Frames:
@@ -170,42 +171,35 @@ class Frames:
         return _savgol(self.mfcc, CURVATURE)
 
     @cached_property
-    def _total(self) -> Array:
-        total = np.sum(self.stft, axis=0, dtype=np.float64)
-        return np.where(total < TINY, 1.0, total)
+    def _shape(self) -> Array:
+        return _shapes(self.stft, self._tables.frequencies, np.float32(ROLLOFF))
 
-    @cached_property
+    @property
     def centroid(self) -> Array:
         """Mean frequency, weighted by magnitude, in Hz, (frames,)."""
-        return np.sum(self._tables.frequencies * self.stft, axis=0) / self._total
+        return self._shape[0]
 
-    @cached_property
+    @property
     def bandwidth(self) -> Array:
         """Standard deviation of frequency, weighted by magnitude, in Hz, (frames,)."""
-        deviation = np.square(self._tables.frequencies - self.centroid)
-        return np.sqrt(np.sum(deviation * self.stft, axis=0) / self._total)
+        return self._shape[1]
 
-    @cached_property
+    @property
     def rolloff(self) -> Array:
         """Frequency below which lies `ROLLOFF` of the magnitude, in Hz, (frames,)."""
-        below = np.cumsum(self.stft, axis=0)
-        return self._tables.frequencies[np.argmax(below >= ROLLOFF * below[-1], axis=0), 0]
+        return self._shape[2]
 
     @cached_property
     def flatness(self) -> Array:
         """Geometric over arithmetic mean of the power: 1 for white noise, 0 for a tone, (frames,)."""
-        power = np.maximum(self.power, AMIN)
-        return np.exp(np.mean(np.log(power), axis=0, dtype=np.float64)) / np.mean(power, axis=0, dtype=np.float64)
+        return _flatness(self.power, np.float32(AMIN))
 
     @cached_property
     def contrast(self) -> Array:
         """Peak over valley in dB of each octave band (Jiang et al. 2002), (bands, frames)."""
-        valleys, peaks = [], []
-        for bins, count in self._tables.contrast:
-            ordered = np.sort(self.stft[bins], axis=0)
-            valleys.append(np.sum(ordered[:count], axis=0, dtype=np.float64) / count)
-            peaks.append(np.sum(ordered[-count:], axis=0, dtype=np.float64) / count)
-        return _to_db(np.array(peaks), CONTRAST_TOP_DB) - _to_db(np.array(valleys), CONTRAST_TOP_DB)
+        bands = [_extremes(self.stft[bins], count) for bins, count in self._tables.contrast]
+        valleys, peaks = np.stack(bands, axis=1)
+        return _to_db(peaks, CONTRAST_TOP_DB) - _to_db(valleys, CONTRAST_TOP_DB)
 
     @cached_property
     def zcr(self) -> Array:
@@ -241,6 +235,88 @@ def _savgol(rows: Floats, kernel: Array) -> Floats:
         derivative[:, :reach] = derivative[:, reach, np.newaxis]
         derivative[:, -reach:] = derivative[:, -reach - 1, np.newaxis]
     return derivative
+
+
+@compiled
+def _shapes(magnitudes: Floats, frequencies: Array, share: np.float32) -> Array:
+    """Return centroid, bandwidth and roll-off at ``share`` of each frame, shape (3, frames).
+
+    The inner loops run over the frames, so that the compiler computes several at once.
+    """
+    n_bins, n_frames = magnitudes.shape
+    total = np.zeros(n_frames)
+    below = np.zeros(n_frames, np.float32)  # librosa accumulates in the type of the magnitudes
+    shapes = np.zeros((3, n_frames))
+    centroid, bandwidth, rolloff = shapes[0], shapes[1], shapes[2]
+    for k in range(n_bins):
+        for t in range(n_frames):
+            total[t] += magnitudes[k, t]
+            below[t] += magnitudes[k, t]
+            centroid[t] += frequencies[k] * magnitudes[k, t]
+    for t in range(n_frames):
+        total[t] = 1.0 if total[t] < TINY else total[t]
+        centroid[t] /= total[t]
+    enough = share * below
+    below[:] = 0.0
+    for k in range(n_bins):
+        for t in range(n_frames):
+            bandwidth[t] += (frequencies[k] - centroid[t]) ** 2 * magnitudes[k, t]
+            rolloff[t] += below[t] < enough[t]
+            below[t] += magnitudes[k, t]
+    for t in range(n_frames):
+        bandwidth[t] = np.sqrt(bandwidth[t] / total[t])
+        rolloff[t] = frequencies[max(0, int(rolloff[t]) - 1)]
+    return shapes
+
+
+@compiled
+def _flatness(power: Floats, amin: np.float32) -> Array:
+    """Return the spectral flatness of each frame, shape (frames,); no power counts for less than ``amin``.
+
+    A logarithm of a product of sixteen powers takes the time of one, and stays within float64.
+    """
+    n_bins, n_frames = power.shape
+    arithmetic, logarithm, product = np.zeros(n_frames), np.zeros(n_frames), np.ones(n_frames)
+    for k in range(n_bins):
+        for t in range(n_frames):
+            floored = max(power[k, t], amin)
+            arithmetic[t] += floored
+            product[t] *= floored
+        if k % 16 == 15 or k == n_bins - 1:
+            for t in range(n_frames):
+                logarithm[t] += np.log(product[t])
+                product[t] = 1.0
+    return np.exp(logarithm / n_bins) / (arithmetic / n_bins)
+
+
+@compiled
+def _extremes(magnitudes: Floats, count: int) -> Array:
+    """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames)."""
+    n_bins, n_frames = magnitudes.shape
+    extremes = np.empty((2, n_frames))
+    lowest, highest = np.empty(count, np.float32), np.empty(count, np.float32)  # the most extreme one first
+    for t in range(n_frames):
+        lowest[:], highest[:] = np.inf, -np.inf
+        for k in range(n_bins):
+            x = magnitudes[k, t]
+            if x < lowest[-1]:
+                place = count - 1
+                while place > 0 and x < lowest[place - 1]:
+                    lowest[place] = lowest[place - 1]
+                    place -= 1
+                lowest[place] = x
+            if x > highest[-1]:
+                place = count - 1
+                while place > 0 and x > highest[place - 1]:
+                    highest[place] = highest[place - 1]
+                    place -= 1
+                highest[place] = x
+        low = high = 0.0
+        for place in range(count):
+            low += lowest[place]
+            high += highest[place]
+        extremes[0, t], extremes[1, t] = low / count, high / count
+    return extremes
 
 
 def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:

@@ -10,7 +10,7 @@ depend on what else is in a batch, or on a number of threads.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -21,6 +21,10 @@ import scipy.signal
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 Floats = npt.NDArray[np.float32]
 Waveform = npt.NDArray[np.float32] | npt.NDArray[np.int16]
+
+FRAMES_AT_ONCE: Final = 16
+"""Transformed together: what they need stays in the cache, and is small enough for the allocator
+to keep. With all frames of a window of 44,100 samples it took three times as long."""
 
 
 class Stft(NamedTuple):
@@ -64,8 +68,13 @@ class Window:
         then rounded to complex64.
         """
         if stft not in self._magnitudes:
-            spectrum = scipy.fft.rfft(self.framed(stft) * _hann(stft.n_fft, stft.win_length), axis=-1)
-            self._magnitudes[stft] = np.abs(spectrum.T.astype(np.complex64, order="C"))
+            framed, hann = self.framed(stft), _hann(stft.n_fft, stft.win_length)
+            magnitudes = np.empty((stft.n_fft // 2 + 1, len(framed)), dtype=np.float32)
+            for first in range(0, len(framed), FRAMES_AT_ONCE):
+                frames = slice(first, first + FRAMES_AT_ONCE)
+                spectrum = scipy.fft.rfft(framed[frames] * hann, axis=-1).astype(np.complex64)
+                magnitudes[:, frames] = np.abs(spectrum).T
+            self._magnitudes[stft] = magnitudes
         return self._magnitudes[stft]
 
 

@@ -1,0 +1,23 @@
+"""Compiled functions: machine code that is made once and kept for the next process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call, and keep the machine code for the next process where there is a place for it.
+
+    Arithmetic is IEEE's and in the order that is written; a division by zero gives an infinity.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast("Function", njit(cache=True, **options)(function))
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written to: compile in every process.
+        return cast("Function", njit(**options)(function))
