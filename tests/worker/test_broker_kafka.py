@@ -160,6 +160,35 @@ def test_a_successor_of_the_same_instance_takes_over_at_once(broker: KafkaBroker
     assert PARTITIONS == len(committed(broker, topics.predictions_out))
 
 
+def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, group: str) -> None:
+    """Its reason has gone when the next poll comes, and the member serves all the same, long before it is missed."""
+    with closing(broker.join(group, "one")) as one, closing(broker.join(group, "two")) as two:
+        owned: dict[KafkaSession, set[int]] = {one: set(), two: set()}
+
+        def look(*sessions: KafkaSession) -> None:
+            for session in sessions:
+                polled = session.poll(0.1, 10)
+                owned[session] = owned[session] - polled.revoked | polled.assigned
+
+        def shared() -> bool:
+            look(one, two)
+            return all(len(each) == PARTITIONS // 2 for each in owned.values())
+
+        wait_for(shared)
+        (leader,) = (each for each in owned if each._consumer._coordinator._assignment_snapshot is not None)
+        (follower,) = owned.keys() - {leader}
+        coordinator = leader._consumer._coordinator
+        coordinator._assignment_snapshot = {}  # as if the topics had changed
+        look(leader)  # the follower does not poll meanwhile, and so cannot answer
+        assert coordinator.rejoining
+        coordinator._assignment_snapshot = coordinator._metadata_snapshot
+        with ThreadPoolExecutor(1) as threads:
+            following = threads.submit(follower.poll, broker_kafka.SILENCE / 2, 1)
+            leader.poll(broker_kafka.SILENCE / 2, 1)
+            following.result()
+        assert not coordinator.rejoining
+
+
 @pytest.mark.parametrize("aware", [False, True], ids=["unaware", "aware"])
 def test_a_member_that_was_shown_out_cannot_commit(
     broker: KafkaBroker, topics: Topics, group: str, *, aware: bool
