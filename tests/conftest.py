@@ -34,6 +34,14 @@ def _recordings(name: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep features away from what was computed before, also in the commands that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def esc10() -> Path:
     """ESC-10: 400 environmental sounds of 5 s with official folds (``meta.csv``, ``audio/``)."""

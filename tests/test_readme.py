@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from tests.system.processes import BIN
-from trainer.__main__ import parser as trainer_parser
+from trainer.arguments import parser as trainer_parser
 from worker.arguments import parser as worker_parser
 from worker.config import resolve
 from worker.messages import Classification, DriftDetected, Regression, RetrainRequested

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +13,12 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worker.arguments import LONGEST, number
+from trainer.arguments import parser
 from worker.errors import BadModel, Fatal
 
 EXIT_OK: Final = 0
 EXIT_FATAL: Final = 1
-
-LARGEST_SEED: Final = 2**32 - 1  # scikit-learn's
+EXIT_KILLED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # "R²" must not end a training where that cannot be written
         sys.stdout.reconfigure(errors="replace")
     arguments = vars(parser().parse_args(argv))
-    command: Callable[[dict[str, Any]], int] = arguments.pop("command")
+    command = COMMANDS[arguments.pop("command")]
     try:
         return command(arguments)
     except (BadModel, Fatal, OSError) as error:  # of OSErrors, what a disk or its permissions may raise
         print(f"earshot-trainer: {error}", file=sys.stderr)
         return EXIT_FATAL
     except KeyboardInterrupt:
-        return 130
+        return EXIT_KILLED
 
 
 def _simulate(arguments: dict[str, Any]) -> int:
@@ -55,59 +52,98 @@ def _simulate(arguments: dict[str, Any]) -> int:
 
 
 def _fit(arguments: dict[str, Any]) -> int:
+    from trainer import summary
+    from trainer.augmentation import read_augmentation
+    from trainer.cache import Cache
     from trainer.dataset import load
+    from trainer.models import ForestSpec
+    from trainer.survey import describe, survey
     from trainer.training import fit
-    from worker.features import FeatureSpec
+    from worker.bundle import check_replaceable
 
-    dataset = load(arguments["data"], label=arguments["label"], task=arguments["task"])
-    for warning in dataset.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    chosen = {name: arguments[name] for name in ("sample_rate", "window_seconds", "window_hop_seconds")}
-    try:
-        spec = FeatureSpec(**{name: value for name, value in chosen.items() if value is not None})
-    except ValueError as error:
-        raise Fatal(str(error)) from error
+    check_replaceable(arguments["out"])
+    spec = _spec(arguments)
+    augmentation = read_augmentation(arguments["augment"]) if arguments["augment"] else None
+    dataset = load(arguments["data"], label=arguments["label"], task=arguments["task"], group=arguments["group"])
+    cache = None if arguments["no_cache"] else Cache()
     with _progress() as advance:
+        seen = survey(dataset, jobs=arguments["jobs"], cache=cache, on_progress=advance)
+        if not arguments["json"]:
+            print(describe(seen), end="\n\n", flush=True)
         fitted = fit(
             dataset,
             arguments["out"],
-            name=re.sub(r"[^A-Za-z0-9._-]+", "-", arguments["name"] or arguments["out"].resolve().name),
+            name=arguments["name"],
             spec=spec,
-            trees=arguments["trees"],
+            forest=ForestSpec(
+                kind=arguments["forest"],
+                n_estimators=arguments["trees"],
+                max_depth=arguments["max_depth"],
+                max_features=arguments["max_features"],
+                min_samples_leaf=arguments["min_samples_leaf"],
+                class_weight=arguments["class_weight"],
+            ),
+            folds=arguments["folds"],
+            augmentation=augmentation,
+            survey=seen,
+            report=not arguments["no_report"],
             seed=arguments["seed"],
             jobs=arguments["jobs"],
+            cache=cache,
             on_progress=advance,
         )
-    for skipped in fitted.skipped:
-        print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
-    manifest = fitted.manifest
     if arguments["json"]:
-        print(msgspec.json.encode(manifest).decode())
+        print(msgspec.json.encode(fitted._asdict() | {"survey": seen}, enc_hook=str).decode())
         return EXIT_OK
-    what = f"{len(manifest.classes)} classes" if manifest.classes else f"{manifest.label} (regression)"
-    print(f"{manifest.clips} clips, {manifest.windows} windows, {what}, {manifest.forest['n_estimators']} trees")
-    print("held out:")
-    for name, words in METRICS.items():
-        if name in manifest.metrics:
-            print(f"  {words:36} {_metric(name, manifest.metrics[name], manifest.label)}")
-    print(f"bundle written to {arguments['out']}")
+    print(summary.model(fitted.manifest))
+    print(summary.evaluation(fitted.evaluation))
+    print(f"\nbundle written to {arguments['out']}")
     return EXIT_OK
 
 
-METRICS: Final = {
-    "accuracy": "accuracy, clips",
-    "macro_f1": "macro-F1, clips",
-    "window_accuracy": "accuracy, single windows",
-    "mae": "mean absolute error, clips",
-    "r2": "R², clips",
-    "window_mae": "mean absolute error, single windows",
+def _evaluate(arguments: dict[str, Any]) -> int:
+    from trainer import summary
+    from trainer.cache import Cache
+    from trainer.verdict import evaluate
+
+    with _progress() as advance:
+        found, warnings = evaluate(
+            arguments["bundle"],
+            arguments["data"],
+            jobs=arguments["jobs"],
+            cache=None if arguments["no_cache"] else Cache(),
+            on_progress=advance,
+        )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(msgspec.json.encode(found).decode() if arguments["json"] else summary.evaluation(found))
+    return EXIT_OK
+
+
+COMMANDS: Final[dict[str, Callable[[dict[str, Any]], int]]] = {
+    "simulate": _simulate,
+    "fit": _fit,
+    "evaluate": _evaluate,
 }
 
 
-def _metric(name: str, value: float, unit: str) -> str:
-    if "accuracy" in name:
-        return f"{100 * value:.1f} %"
-    return f"{value:.3f} {unit}" if "mae" in name else f"{value:.3f}"
+def _spec(arguments: dict[str, Any]) -> Any:
+    """Return the features that are asked for by the names of sets or by a file, with the settings typed beside it."""
+    from worker.features import Featurizer, feature_spec, read_spec
+
+    names = {"level": "level_dbfs"}
+    settings = ("level", "sample_rate", "window_seconds", "window_hop_seconds")
+    typed = {names.get(name, name): arguments[name] for name in settings if arguments[name] is not None}
+    asked = arguments["features"]
+    try:
+        if Path(asked).is_file():
+            spec = msgspec.structs.replace(read_spec(Path(asked).read_text()), **typed)
+        else:
+            spec = feature_spec(asked, **typed)
+        Featurizer(spec)  # what cannot be computed is said before anything is listened to
+    except ValueError as error:
+        raise Fatal(str(error)) from error
+    return spec
 
 
 @contextmanager
@@ -124,68 +160,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done)
 
         yield advance
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser; what it parses has the function of the command in ``command``."""
-    top = argparse.ArgumentParser(
-        prog="earshot-trainer",
-        description="Labelled clips in, a model bundle for earshot-worker out.",
-        epilog="exit status: 0 done, 1 something has to be changed first, 2 wrong usage",
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    simulate = _command(
-        commands,
-        "simulate",
-        _simulate,
-        "write labelled sounds of machines with faults, from published fault models",
-        "earshot-trainer simulate clips",
-    )
-    simulate.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    seed, seconds = number(int, 0, LARGEST_SEED), number(float, 0.001, LONGEST)
-    simulate.add_argument("--seed", type=seed, default=0, help="another seed, other sounds (%(default)s)")
-    simulate.add_argument("--clips", type=number(int, 1), default=240, metavar="N", help="how many (%(default)s)")
-    simulate.add_argument("--seconds", type=seconds, default=4.0, metavar="S", help="how long each (%(default)s)")
-
-    fit = _command(
-        commands,
-        "fit",
-        _fit,
-        "train a forest on labelled clips and write the bundle that the worker serves",
-        "earshot-trainer fit clips --label label --out bundle",
-    )
-    fit.add_argument("data", type=Path, metavar="DATA", help="a folder with a folder per class, or with a CSV manifest")
-    fit.add_argument("--label", default="label", metavar="COLUMN", help="the column to predict (%(default)s)")
-    fit.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder of the bundle")
-    fit.add_argument("--task", choices=("classification", "regression"), help="what a numeric label leaves open")
-    fit.add_argument(
-        "--name", help="what predictions call the model, as it can stand in a URI (the name of the bundle's folder)"
-    )
-    fit.add_argument(
-        "--trees", type=number(int, 1), default=100, metavar="N", help="the size of the forest (%(default)s)"
-    )
-    fit.add_argument("--seed", type=seed, default=0, help="of the forest and the splits (%(default)s)")
-    fit.add_argument("--jobs", type=number(int, 1), default=-1, metavar="N", help="processor cores (all)")
-    fit.add_argument("--sample-rate", type=number(int, 1), metavar="HZ", help="what everything is resampled to (16000)")
-    fit.add_argument("--window-seconds", type=seconds, metavar="S", help="what one prediction hears (1.0)")
-    fit.add_argument("--window-hop-seconds", type=seconds, metavar="S", help="between two windows (0.5)")
-    fit.add_argument("--json", action="store_true", help="print the manifest of the bundle")
-    return top
-
-
-def _command(
-    commands: Any, name: str, function: Callable[[dict[str, Any]], int], purpose: str, example: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=function)
-    return command
 
 
 if __name__ == "__main__":

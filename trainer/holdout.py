@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.dataset import Index
 from trainer.extract import Windows
+from trainer.models import grown
 from worker.errors import Fatal
 from worker.forest import Forest
 from worker.golden import scores
@@ -109,6 +110,6 @@ def held_out(tested: Iterable[Fold], windows: Windows, truth: Truth) -> HeldOut:
 
 
 def _fold(make: Callable[[], Any], windows: Windows, truth: Truth, fitted: Rows, tested: Rows) -> Fold:
-    forest = make().fit(windows.features[fitted], truth.targets[fitted])
+    forest = grown(make(), windows.features[fitted], truth.targets[fitted])
     columns = forest.classes_ if truth.classes else np.arange(truth.outputs)
     return Fold(Forest.from_sklearn(forest), tested, columns)

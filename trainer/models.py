@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
+import joblib
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     ExtraTreesRegressor,
@@ -46,3 +49,9 @@ class ForestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if task == "regression":
             settings.pop("class_weight")
         return FORESTS[kind, task](**settings, random_state=seed, n_jobs=jobs)
+
+
+def grown(forest: Any, features: NDArray[np.float32], targets: NDArray[Any]) -> Any:
+    """Fit a forest, always on the cores of this machine: one that comes back from a cluster has other bytes."""
+    with joblib.parallel_config(backend="threading"):
+        return forest.fit(features, targets)

@@ -30,7 +30,7 @@ from trainer.documents import documents
 from trainer.extract import Windows, featurize
 from trainer.holdout import Truth, truth_of
 from trainer.listening import Progress, Skipped, silent, sound_of
-from trainer.models import ForestSpec
+from trainer.models import ForestSpec, grown
 from trainer.reference import reference_profile, watched_features
 from trainer.report import Findings
 from trainer.results import Evaluation, FamilyImportance, Search, Survey
@@ -128,7 +128,7 @@ def fit(
     )
     labels = np.array(truth.classes)[truth.targets] if truth.classes else truth.targets
     on_progress("fitting the forest", 0, 1)
-    model = forest.make(dataset.task, seed=seed, jobs=jobs).fit(windows.features, labels)
+    model = grown(forest.make(dataset.task, seed=seed, jobs=jobs), windows.features, labels)
     model.n_jobs = None  # how many cores trained it is nobody's business, and would change its bytes
     on_progress("fitting the forest", 1, 1)
     flat = Forest.from_sklearn(model)

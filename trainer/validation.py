@@ -109,9 +109,9 @@ def _leaky(make: Callable[[], Any], windows: Windows, truth: Truth, seed: int) -
 def _how(dataset: Dataset, pairs: Pairs) -> str:
     groups = len({clip.group for clip in dataset.clips})
     if dataset.clips[0].fold is not None:
-        return f"the {len(pairs)} folds of the data set, each tested by a forest that was trained on the others"
+        return f"the {len(pairs)} folds of the data set, each tested by a forest that was trained on the others."
     if groups == len(dataset.clips):
-        return f"{len(pairs)} folds of clips, each of which is a group of its own"
+        return f"{len(pairs)} folds of clips, each of which is a group of its own."
     if groups == len(pairs):
-        return f"each of {groups} groups of clips tested by a forest that was trained on the others"
-    return f"{len(pairs)} folds of whole groups ({groups} groups of {len(dataset.clips)} clips)"
+        return f"each of {groups} groups of clips tested by a forest that was trained on the others."
+    return f"{len(pairs)} folds of whole groups ({groups} groups of {len(dataset.clips)} clips)."

@@ -9,16 +9,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import joblib
 import msgspec
 import numpy as np
 import pytest
 import soundfile
 
 from tests.system.processes import BIN
-from trainer.__main__ import METRICS, main, parser
+from trainer.__main__ import COMMANDS, main
+from trainer.arguments import parser
+from trainer.documents import Kept
+from trainer.results import Evaluation
 from worker import bundle
 
-QUICK = ("--trees", "5", "--window-seconds", "0.25", "--window-hop-seconds", "0.25")
+QUICK = ("--trees", "5", "--window-seconds", "0.25", "--window-hop-seconds", "0.25", "--no-report")
 
 
 def write_tone(path: Path, frequency: float, seed: int) -> None:
@@ -64,10 +68,10 @@ class TestHelp:
             main(["--help"])
         assert 0 == exit_.value.code
         text = capsys.readouterr().out
-        for part in ("earshot-trainer", "simulate", "fit", "exit status: 0 done"):
+        for part in ("earshot-trainer", "simulate", "fit", "evaluate", "exit status: 0 done"):
             assert part in text
 
-    @pytest.mark.parametrize("command", ["simulate", "fit"])
+    @pytest.mark.parametrize("command", COMMANDS)
     def test_each_command_has_an_example(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
         """Its help ends with a command line to copy, which the parser takes."""
         with pytest.raises(SystemExit) as exit_:
@@ -104,42 +108,108 @@ class TestCommands:
         assert f"36 clips of 0.5 s, listed in {clips / 'manifest.csv'}\n" == capsys.readouterr().out
         assert 0 == main(["fit", str(clips), "--out", str(out), "--trees", "5"])
         printed = capsys.readouterr()
-        assert "" == printed.err, "there is no progress bar where nobody looks at it, and nothing to warn of"
+        assert "" == printed.err, "there is no progress bar where nobody looks at it"
         model = bundle.load(out).manifest
-        summary, heading, *figures, last = printed.out.splitlines()
-        assert "36 clips, 36 windows, 6 classes, 5 trees" == summary
-        assert "held out:" == heading
-        assert f"bundle written to {out}" == last
-        assert [
-            f"  {METRICS['accuracy']:36} {100 * model.metrics['accuracy']:.1f} %",
-            f"  {METRICS['macro_f1']:36} {model.metrics['macro_f1']:.3f}",
-            f"  {METRICS['window_accuracy']:36} {100 * model.metrics['window_accuracy']:.1f} %",
-        ] == figures
+        lines = printed.out.splitlines()
+        assert "36 clips of 6 groups, 18.0 s" == lines[0]
+        held_out = lines.index("36 clips, 36 windows, 6 classes, 5 trees (random-forest)") + 1
+        assert "held out: 5 folds of whole groups (6 groups of 36 clips)." == lines[held_out]
+        accuracy, macro_f1 = lines[held_out + 2 : held_out + 4]
+        assert f" {100 * model.metrics['accuracy']:.1f} % (" in accuracy
+        assert f" {100 * model.metrics['window_accuracy']:.1f} % (" in accuracy
+        assert f" {model.metrics['macro_f1']:.3f} (" in macro_f1
+        assert "random split" in lines[held_out + 1]
+        assert f"bundle written to {out}" == lines[-1]
         assert "machines" == model.name
+        assert {bundle.MANIFEST, *bundle.FILES, *bundle.DOCUMENTS} == {path.name for path in out.iterdir()}
 
     def test_fit_a_quantity(self, machines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A numeric column is regression, and its errors are in its unit."""
         out = tmp_path / "speed"
         options = ["--label", "rpm", "--out", str(out), "--trees", "5", "--name", "speedometer", "--seed", "3"]
-        assert 0 == main(["fit", str(machines), *options, "--window-seconds", "2", "--window-hop-seconds", "2"])
+        windows = ["--window-seconds", "2", "--window-hop-seconds", "2", "--no-report"]
+        assert 0 == main(["fit", str(machines), *options, *windows])
         model = bundle.load(out).manifest
-        summary, _, *figures, _ = capsys.readouterr().out.splitlines()
-        assert "72 clips, 72 windows, rpm (regression), 5 trees" == summary
-        assert [
-            f"  {METRICS['mae']:36} {model.metrics['mae']:.3f} rpm",
-            f"  {METRICS['r2']:36} {model.metrics['r2']:.3f}",
-            f"  {METRICS['window_mae']:36} {model.metrics['window_mae']:.3f} rpm",
-        ] == figures
+        printed = capsys.readouterr().out
+        assert "72 clips, 72 windows, rpm (regression), 5 trees (random-forest)\n" in printed
+        (error,) = [line for line in printed.splitlines() if "mean absolute error in rpm" in line]
+        assert f" {model.metrics['mae']:.3g} (" in error
         assert ("speedometer", 3) == (model.name, model.seed)
         assert (2.0, 2.0) == (model.spec.window_seconds, model.spec.window_hop_seconds)
+        assert not (out / bundle.REPORT).exists()
+
+    def test_settings_of_features_and_forest(self, tones: Path, tmp_path: Path) -> None:
+        """What is typed is what the manifest says, and with what the forest was grown."""
+        out = tmp_path / "out"
+        forest = ["--forest", "extra-trees", "--max-depth", "3", "--max-features", "0.5", "--min-samples-leaf", "2"]
+        options = [*QUICK, *forest, "--class-weight", "balanced", "--features", "article", "--level", "-23"]
+        assert 0 == main(["fit", str(tones), "--out", str(out), *options, "--folds", "3"])
+        model = bundle.load(out)
+        expected = {"kind": "extra-trees", "n_estimators": 5, "max_depth": 3, "max_features": 0.5}
+        expected |= {"min_samples_leaf": 2, "min_samples_split": 2, "class_weight": "balanced"}
+        assert expected == model.manifest.forest
+        assert (("article",), -23.0) == (
+            tuple(each.name for each in model.manifest.spec.sets),
+            model.featurizer.spec.level_dbfs,
+        )
+        assert "level.gain" == model.profile.names[-1]
+        assert {"folds": 3, "group": None} == model.manifest.validation
+        pickled = joblib.load(out / bundle.FOREST)
+        assert ("ExtraTreesClassifier", 3) == (type(pickled).__name__, pickled.max_depth)
+
+    def test_features_from_a_file(self, tones: Path, tmp_path: Path) -> None:
+        """One's own spec in TOML; what is typed beside it goes before it."""
+        (tmp_path / "own.toml").write_text(
+            'sample_rate = 8000\nwindow_seconds = 0.2\nwindow_hop_seconds = 0.2\n[[sets]]\nkind = "frames"\nname = "own"\nfamilies = ["rms"]\n'
+        )
+        options = [
+            "--features",
+            str(tmp_path / "own.toml"),
+            "--window-hop-seconds",
+            "0.1",
+            "--trees",
+            "5",
+            "--no-report",
+        ]
+        assert 0 == main(["fit", str(tones), "--out", str(tmp_path / "out"), *options])
+        spec = bundle.load(tmp_path / "out").manifest.spec
+        assert (8000, 0.2, 0.1, "own") == (
+            spec.sample_rate,
+            spec.window_seconds,
+            spec.window_hop_seconds,
+            spec.sets[0].name,
+        )
+
+    def test_augmented_copies_are_trained_on(self, tones: Path, tmp_path: Path) -> None:
+        """They are told in the manifest, and counted among the windows they are not."""
+        out = tmp_path / "out"
+        assert 0 == main(["fit", str(tones), "--out", str(out), *QUICK, "--augment", "noise=10:20,copies=2"])
+        manifest = bundle.load(out).manifest
+        assert (20, {"noise": [10.0, 20.0], "copies": 2}) == (manifest.windows, manifest.augmentation)
+
+    def test_groups_by_other_columns(self, notes: Path, tmp_path: Path) -> None:
+        """As many folds as groups leave out one at a time, whatever the groups are made of."""
+        options = ["--label", "midi_pitch", "--features", "article", "--trees", "2", "--no-report"]
+        for group, folds, how in (
+            ("group", "6", "each of 6 groups of clips tested by a forest that was trained on the others."),
+            ("group+midi_pitch", "5", "5 folds of whole groups (206 groups of 313 clips)."),
+        ):
+            asked = ["--group", group, "--folds", folds]
+            assert 0 == main(["fit", str(notes), "--out", str(tmp_path / "out"), *options, *asked])
+            kept = msgspec.json.decode((tmp_path / "out" / bundle.EVALUATION).read_bytes())
+            assert how == kept["evaluation"]["how"]
 
     def test_json(self, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Standard output is the manifest of the bundle and nothing else."""
+        """Standard output is everything that was found out and nothing else."""
         out = tmp_path / "out"
         assert 0 == main(["fit", str(tones), "--out", str(out), *QUICK, "--json"])
         printed = capsys.readouterr().out
         assert 1 == len(printed.splitlines())
-        assert bundle.load(out).manifest == msgspec.json.decode(printed, type=bundle.Manifest)
+        found = msgspec.json.decode(printed)
+        assert {"manifest", "evaluation", "importances", "skipped", "survey"} == set(found)
+        assert bundle.load(out).manifest == msgspec.convert(found["manifest"], bundle.Manifest)
+        kept = msgspec.json.decode((out / bundle.EVALUATION).read_bytes(), type=Kept)
+        assert kept.evaluation == msgspec.convert(found["evaluation"], Evaluation)
 
     def test_esc50_as_it_is_published(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Its own table in meta/ and the clips in audio/ beside it: category is learnt, in the official folds."""
@@ -154,39 +224,57 @@ class TestCommands:
                 write_tone(data / "audio" / name, (400.0, 3000.0)[target], number)
                 writer.writerow([name, fold, target, ("cow", "bird")[target], "True", number, "A"])
         assert 0 == main(["fit", str(data), "--out", str(tmp_path / "out"), *QUICK])
-        assert capsys.readouterr().out.startswith("20 clips, 20 windows, 2 classes, 5 trees\n")
+        assert "\n20 clips, 20 windows, 2 classes, 5 trees (random-forest)\n" in capsys.readouterr().out
         model = bundle.load(tmp_path / "out").manifest
         assert ("category", ("bird", "cow"), 1.0) == (model.label, model.classes, model.metrics["accuracy"])
 
-    def test_skipped_clips_and_warnings_go_to_standard_error(
+    def test_what_cannot_be_used_is_told_first(
         self, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Each is named with its reason; so are clips that are the same."""
+        """Each clip is named with its reason; so are clips that are the same."""
         for number in range(100):
             write_tone(tones / "high" / f"more-{number:03}.wav", 3000.0, 100 + number)
         for number in range(7):
             (tones / "high" / f"more-{number:03}.wav").write_bytes(b"not a sound %d" % number)
         (tones / "low" / "twin.wav").write_bytes((tones / "low" / "00.wav").read_bytes())
         assert 0 == main(["fit", str(tones), "--out", str(tmp_path / "out"), *QUICK])
-        printed = capsys.readouterr()
-        assert printed.out.startswith("114 clips, ")
-        warning, *skipped = printed.err.splitlines()
-        assert warning.startswith("warning: low/twin.wav has the same bytes as low/00.wav")
-        assert [f"skipped {tones}/high/more-{number:03}.wav" for number in range(7)] == [
-            line.partition(": ")[0] for line in skipped
-        ]
-        assert all(line.partition(": ")[2] for line in skipped)
+        lines = capsys.readouterr().out.splitlines()
+        warned = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+        assert warned[0].startswith("low/twin.wav has the same bytes as low/00.wav")
+        for number in range(7):
+            (line,) = [line for line in warned if line.startswith(f"{tones}/high/more-{number:03}.wav")]
+            assert line.partition(": ")[2]
+        assert any(line.startswith("114 clips, ") for line in lines[lines.index("") :])
 
     def test_a_terminal_without_the_letters(self, machines: Path, tmp_path: Path) -> None:
         """Where "R²" cannot be written the summary says so as well as it can, and the status is 0."""
         command = ["earshot-trainer", "fit", str(machines), "--label", "rpm", "--out", str(tmp_path / "out")]
-        options = ["--trees", "2", "--window-seconds", "2", "--window-hop-seconds", "2"]
+        options = ["--trees", "2", "--window-seconds", "2", "--window-hop-seconds", "2", "--no-report"]
         ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
         done = subprocess.run(
             [BIN / command[0], *command[1:], *options], env=ascii_only, capture_output=True, text=True, check=False
         )
         assert (0, "") == (done.returncode, done.stderr)
-        assert "R?, clips" in done.stdout
+        assert "R? " in done.stdout
+
+
+class TestEvaluate:
+    def test_new_clips(self, machine_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The measures of the model itself, as text and as JSON."""
+        clips = tmp_path / "clips"
+        assert 0 == main(["simulate", str(clips), "--clips", "36", "--seconds", "2", "--seed", "5"])
+        capsys.readouterr()
+        assert 0 == main(["evaluate", str(machine_bundle), str(clips)])
+        printed = capsys.readouterr()
+        assert printed.out.startswith("held out: 36 clips that the model was not trained on.\n")
+        assert ("", False) == (printed.err, "random split" in printed.out)
+        assert 0 == main(["evaluate", str(machine_bundle), str(clips), "--json"])
+        found = msgspec.json.decode(capsys.readouterr().out, type=Evaluation)
+        assert f" {100 * found.clip['accuracy'].value:.1f} % (" in printed.out
+
+    def test_a_folder_that_is_no_bundle(self, tones: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It is one line that names it."""
+        assert "has no manifest.json" in refusal(["evaluate", str(tones), str(tones)], capsys)
 
 
 class TestRefusals:
@@ -198,10 +286,14 @@ class TestRefusals:
             (["{data}", "--out", "{data}"], "exists and is no model bundle: name another folder, or remove it"),
             (["{data}", "--out", "{data}/low/00.wav/out"], "name another folder"),
             (["{data}", "--out", "{out}", "--task", "regression"], "regression expects a finite number"),
-            (["{data}", "--out", "{out}", "--window-seconds", "0.01"], "window_seconds is 0.01; expected at least"),
+            (["{data}", "--out", "{out}", "--window-seconds", "0.01"], "window_hop_seconds is 0.5; expected"),
             (["{data}", "--out", "{out}", "--window-hop-seconds", "2"], "window_hop_seconds is 2.0; expected"),
-            (["{data}", "--out", "{out}", "--sample-rate", "100"], "window_seconds is 1.0; expected at least"),
+            (["{data}", "--out", "{out}", "--sample-rate", "100"], "n_fft is 1024; expected"),
             (["{data}", "--out", "{out}", "--sample-rate", "1000000"], "n_mels is 40"),
+            (["{data}", "--out", "{out}", "--features", "compact+loud"], "there is no feature set 'loud'; expected"),
+            (["{data}", "--out", "{out}", "--level", "3"], "level_dbfs is 3.0; expected"),
+            (["{data}", "--out", "{out}", "--augment", "volume=3"], "volume"),
+            (["{data}", "--out", "{out}", "--group", "machine"], "has no manifest"),
         ],
     )
     def test_what_has_to_be_changed_is_said_in_one_line(
@@ -215,7 +307,7 @@ class TestRefusals:
     def test_a_column_that_is_not_there(self, machines: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The columns that there are stand beside it."""
         text = refusal(["fit", str(machines), "--label", "speed", "--out", "out"], capsys)
-        assert "has no column 'speed' to learn; it has filename, label, group, rpm" in text
+        assert "has no column 'speed' to learn; --label may be label or rpm" in text
 
     def test_simulate_where_nothing_can_be_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A file is no folder, and too few clips are no data set."""
@@ -232,7 +324,7 @@ class TestRefusals:
             raise OSError(28, "No space left on device", str(self))
 
         monkeypatch.setattr(Path, "write_bytes", full)
-        text = refusal(["fit", str(tones), "--out", str(tmp_path / "out"), *QUICK], capsys)
+        text = refusal(["fit", str(tones), "--out", str(tmp_path / "out"), *QUICK, "--json"], capsys)
         assert "No space left on device" in text
         assert not (tmp_path / "out").exists()
 
@@ -246,6 +338,11 @@ class TestRefusals:
             ("--window-seconds", ("0", "-1", "nan", "inf", "1e12", "1s")),
             ("--window-hop-seconds", ("0", "nan", "inf")),
             ("--task", ("clustering",)),
+            ("--folds", ("1", "0", "many")),
+            ("--forest", ("boosted",)),
+            ("--max-depth", ("0", "deep")),
+            ("--max-features", ("0", "1.5", "log3")),
+            ("--class-weight", ("heavy",)),
         ],
     )
     def test_nonsense_is_refused_where_it_is_typed(
