@@ -62,6 +62,8 @@ _WAV_EXTENSIBLE: Final = 0xFFFE
 _WAV_SUBFORMAT: Final = bytes.fromhex("000000001000800000aa00389b71")
 """What follows the format tag in the identifier of an extensible WAV's encoding."""
 
+_OTHER_CODECS: Final = frozenset({b"OggS", b"wvpk"})  # where samples should begin
+
 _PCM_FORMATS: Final[dict[str, np.dtype[Any]]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _L16: Final[np.dtype[Any]] = np.dtype(">i2")  # RFC 2586: network byte order
 _HOW_TO_DECLARE: Final = (
@@ -251,8 +253,8 @@ def _plain_wav(data: bytes) -> _PlainWav | None:
         start = position + 8
         left = len(data) - start
         if name == b"data" and shape is not None and found is None:
-            if size == 0:
-                return None  # nothing, or all that follows: libsndfile knows which
+            if size == 0 or data[start : start + 4] in _OTHER_CODECS:
+                return None  # nothing, or all that follows, or another codec in disguise: libsndfile knows
             size = min(size, left)
             encoding, rate, channels, frame_size = shape
             frames = size // frame_size

@@ -456,6 +456,10 @@ def riff(*chunks: bytes, size: int | None = None) -> bytes:
     return b"RIFF" + (len(body) if size is None else size).to_bytes(4, "little") + body
 
 
+PCM_16 = bytes.fromhex("01000100803e0000007d000002001000")
+"""A format chunk: integers, mono, 16,000 a second, 32,000 bytes a second, 2 bytes a frame, 16 bits."""
+
+
 @st.composite
 def formats(draw: st.DrawFn) -> bytes:
     """The body of a format chunk: mostly one that fits together, of a common or an odd encoding."""
@@ -532,6 +536,10 @@ class TestPlainWav:
 
     @given(data=wavs())
     @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @example(data=riff(chunk(b"fmt ", PCM_16), chunk(b"data", b"OggS")))
+    @example(data=riff(chunk(b"fmt ", PCM_16), chunk(b"data", b"wvpk and more")))
+    @example(data=riff(chunk(b"fmt ", PCM_16), chunk(b"data", b"1234", 0), size=0))
+    @example(data=riff(chunk(b"fmt ", PCM_16), chunk(b"data", b"12345", 0xFFFF_FFFF), size=0xFFFF_FFFF))
     def test_any(self, data: bytes) -> None:
         """Samples, rate, duration, or reason and detail are libsndfile's, to the last bit."""
         assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
