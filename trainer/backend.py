@@ -74,18 +74,18 @@ def cluster(scheduler: str, data: Path | None = None, patience: float = PATIENCE
             raise Fatal(f"the Dask cluster at {scheduler} was lost: {what}; start it again, and then this") from error
 
 
+def on_cluster() -> bool:
+    """Return whether joblib works on a Dask cluster now, whoever told it to."""
+    return _client() is not None
+
+
 @contextmanager
 def counted(tasks: int, on_done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
-    """Yield what each of so many tasks calls when it is done, wherever it runs; ``on_done`` hears here how many have.
-
-    Within the block, joblib works on the cluster if it did so before, and on threads otherwise: forests
-    leave the interpreter to others while they grow, and threads need no copy of the features.
-    """
+    """Yield what each of so many tasks calls when it is done, wherever it is; ``on_done`` hears here how many have."""
     count = _Count(tasks, on_done)
-    client = getattr(get_active_backend()[0], "client", None)
+    client = _client()
     if client is None:
-        with joblib.parallel_config(backend="threading"):
-            yield count
+        yield count
         return
     topic = f"earshot-{uuid4().hex}"
     client.subscribe_topic(topic, lambda _event: count())
@@ -94,6 +94,10 @@ def counted(tasks: int, on_done: Callable[[int], None]) -> Iterator[Callable[[],
     finally:
         client.unsubscribe_topic(topic)
     count.finish()  # events travel on their own, and the last ones may come after the results
+
+
+def _client() -> Any:
+    return getattr(get_active_backend()[0], "client", None)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from functools import partial
 from math import ceil, floor, log
 from typing import Any, Final, Literal, NamedTuple
 
-import joblib
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +36,11 @@ from sklearn.model_selection import (
 )
 
 from trainer import metrics
-from trainer.backend import counted
+from trainer.backend import counted, on_cluster
 from trainer.extract import Windows
 from trainer.grid import Grid
 from trainer.listening import Progress, silent
-from trainer.models import ForestSpec
+from trainer.models import ForestSpec, grown
 from trainer.results import Candidate, Measures, Search
 from trainer.splits import splits
 from worker.errors import Fatal
@@ -92,8 +91,7 @@ class ClipForest(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not ty
         """Grow the forest; each window has the label of its clip."""
         forest = ForestSpec(**self.settings).make(self.task, seed=self.seed, jobs=self.jobs)
         targets = np.repeat(labels, [len(clip) for clip in clips])
-        with joblib.parallel_config(backend="threading"):  # a task of a cluster must not spread trees over it again
-            self.forest_ = Forest.from_sklearn(forest.fit(np.concatenate(list(clips)), targets))
+        self.forest_ = Forest.from_sklearn(grown(forest, np.concatenate(list(clips)), targets))
         return self
 
     def scores(self, clips: Clips) -> NDArray[np.float64]:
@@ -148,19 +146,22 @@ def search(
     plan = _plan(strategy, grid, candidates, base, seed)
     fits = len(pairs) * sum(plan.rounds)
     on_progress("searching", 0, fits)
+    # Here one forest after the other grows on all cores: in threads of one process, scikit-learn's searches
+    # undo each other's warning filters. On a cluster, each task grows a forest on one core.
+    spread = on_cluster()
+    settings = msgspec.structs.asdict(base) | {"task": dataset.task, "seed": seed}
     with counted(fits, lambda done: on_progress("searching", done, fits)) as tell:
         found = plan.make(
-            ClipForest(task=dataset.task, seed=seed, **msgspec.structs.asdict(base)),
+            ClipForest(**settings, jobs=1 if spread else jobs),
             scoring=_Scorer(dataset.task, tell),
             cv=pairs,
             refit=False,
-            n_jobs=jobs,
+            n_jobs=-1 if spread else 1,
             error_score="raise",
         ).fit(clips[train], labels[train])
     ranked = _ranked(found.cv_results_, len(pairs), dataset.task)
     best = ranked[0].parameters
-    settings = msgspec.structs.asdict(base) | best
-    model = ClipForest(task=dataset.task, seed=seed, jobs=jobs, **settings).fit(clips[train], labels[train])
+    model = ClipForest(**settings | best, jobs=jobs).fit(clips[train], labels[train])
     return Search(
         strategy=strategy,
         scoring=SCORING[dataset.task],
