@@ -263,17 +263,20 @@ class KafkaSession:
         The client itself waits in silence for a topic that is missing, for a cluster that is gone
         and, once another session of its instance has taken its place in the group, for good.
         """
-        self._require_leaders()
-        if time.monotonic() - self._heard > SILENCE:
-            self._cluster.require(self._topics)
-            self._require_membership()
-            self._heard = time.monotonic()
-        records = self._cluster.attempt("poll", timeout + GRACE, lambda: self._poll(timeout, max_records))
-        if records:
-            self._heard = time.monotonic()
-        unplaced = self._consumer.unplaced()
-        self._require_places(unplaced)
-        return Polled(records, *self._changes.take(), unplaced)
+        with self._coming_back():
+            self._require_leaders()
+            if time.monotonic() - self._heard > SILENCE:
+                self._cluster.require(self._topics)
+                if self._heard == -math.inf:
+                    self._cluster.require_settings(self._topics)
+                self._require_membership()
+                self._heard = time.monotonic()
+            records = self._cluster.attempt("poll", timeout + GRACE, lambda: self._poll(timeout, max_records))
+            if records:
+                self._heard = time.monotonic()
+            unplaced = self._consumer.unplaced()
+            self._require_places(unplaced)
+            return Polled(records, *self._changes.take(), unplaced)
 
     def restore(self, partitions: Iterable[int]) -> Iterator[Record]:
         """Yield the latest record of each key in these partitions of ``drift.state``.
@@ -323,22 +326,23 @@ class KafkaSession:
         A block that raises `Retryable` is not aborted here, since that may wait for the broker that
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
-        self._require_leaders()
-        self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
-        transaction = KafkaTransaction(self._cluster, self._producer)
-        try:
-            yield transaction  # 2
-        except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and whoever clears it must not wait
-            raise
-        except BaseException:
-            # An abort that fails leaves a producer that begins no other transaction.
-            with contextlib.suppress(EarshotError):
-                self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
-            raise
-        self._cluster.attempt("commit", TRANSACTION_TIMEOUT, lambda: self._commit(transaction))  # 3 to 6
+        with self._coming_back():
+            self._require_leaders()
+            self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
+            transaction = KafkaTransaction(self._cluster, self._producer)
+            try:
+                yield transaction  # 2
+            except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and who clears it must not wait
+                raise
+            except BaseException:
+                # An abort that fails leaves a producer that begins no other transaction.
+                with contextlib.suppress(EarshotError):
+                    self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
+                raise
+            self._cluster.attempt("commit", TRANSACTION_TIMEOUT, lambda: self._commit(transaction))  # 3 to 6
 
     def close(self) -> None:
-        """Leave the group and free the connections."""
+        """Leave the group, unless the session has failed and the next one comes back for it; free the connections."""
         while self._farewells:
             self._cluster.farewell(self._farewells.pop(0))
 
@@ -441,8 +445,21 @@ class KafkaSession:
                 f"{SESSION_TIMEOUT:.0f} s, or another worker runs under the same --instance {self._instance!r}"
             )
 
+    @contextlib.contextmanager
+    def _coming_back(self) -> Iterator[None]:
+        """Keep the place in the group if this fails: a named member returns to it with no rebalance for anybody.
+
+        Whoever does not return is missed after `SESSION_TIMEOUT`, as one that died.
+        """
+        try:
+            yield
+        except Retryable:
+            with contextlib.suppress(ValueError):
+                self._farewells.remove(self._leave)
+            raise
+
     def _leave(self) -> None:
-        """Leave the group: a named member does not do so by itself, so that it may come back; we do not mean to.
+        """Leave the group: a named member does not do so by itself, so that it may come back.
 
         With the member's id it cannot be a later session of the instance that is shown out.
         """

@@ -30,7 +30,7 @@ from kafka import (
     TopicPartition,
 )
 from kafka import errors as kafka_errors
-from kafka.admin import MemberToRemove, TransactionState
+from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove, TransactionState
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
@@ -234,6 +234,31 @@ class Cluster:
                 f"topic {topics.drift_state!r} has {state} partitions and {topics.audio_in!r} has {audio}; "
                 f"they must be equal: delete {topics.drift_state!r} and create it with `earshot-worker topics`"
             )
+
+    def require_settings(self, topics: Topics) -> None:
+        """Raise Fatal if a topic that exists cannot hold what is written to it, as far as the cluster tells."""
+        wanted = [spec for spec in topics.layout(1) if spec.compacted or spec.max_message_bytes is not None]
+
+        def look(admin: Any) -> dict[str, dict[str, Any]]:
+            found = admin.describe_configs(
+                [ConfigResource(ConfigResourceType.TOPIC, spec.name, None) for spec in wanted], config_filter="all"
+            )
+            return dict(found["topic"])
+
+        found = self.ask("look at the settings of topics", look)
+        for spec in wanted:
+            settings = {name: each["value"] for name, each in found[spec.name].items()}
+            policy, size = settings.get("cleanup.policy"), settings.get("max.message.bytes")
+            if spec.compacted and policy is not None and "compact" not in policy.split(","):
+                raise Fatal(
+                    f"topic {spec.name!r} has cleanup.policy={policy}, expected compact: states that have not changed "
+                    "for long would be deleted. Set it, or delete the topic and create it with `earshot-worker topics`"
+                )
+            if spec.max_message_bytes is not None and size is not None and int(size) < spec.max_message_bytes:
+                raise Fatal(
+                    f"topic {spec.name!r} has max.message.bytes={size}, expected at least {spec.max_message_bytes}: "
+                    "a rejected record goes there as it was, with the reason. Raise it"
+                )
 
     def was_committed(self, transactional_id: str) -> bool | None:
         """Return how the last transaction of a producer ends or has ended; None if there was none, or nobody says."""

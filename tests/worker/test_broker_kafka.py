@@ -17,6 +17,7 @@ import pytest
 from confluent_kafka import Consumer, Producer
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
+from kafka.admin import ConfigResource, ConfigResourceType
 
 from tests import apache_kafka
 from tests.conftest import missing
@@ -75,6 +76,20 @@ def poll_for(session: KafkaSession, count: int) -> list[Record]:
 
     wait_for(enough)
     return records
+
+
+def share(*sessions: KafkaSession) -> dict[KafkaSession, frozenset[int]]:
+    """Poll until each has its share of the partitions, and return what each has."""
+    owned: dict[KafkaSession, frozenset[int]] = dict.fromkeys(sessions, frozenset())
+
+    def shared() -> bool:
+        for session in sessions:
+            polled = session.poll(0.1, 10)
+            owned[session] = owned[session] - polled.revoked | polled.assigned
+        return all(len(each) == PARTITIONS // len(sessions) for each in owned.values())
+
+    wait_for(shared)
+    return owned
 
 
 def committed(broker: KafkaBroker, topic: str) -> list[Record]:
@@ -163,23 +178,12 @@ def test_a_successor_of_the_same_instance_takes_over_at_once(broker: KafkaBroker
 def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, group: str) -> None:
     """Its reason has gone when the next poll comes, and the member serves all the same, long before it is missed."""
     with closing(broker.join(group, "one")) as one, closing(broker.join(group, "two")) as two:
-        owned: dict[KafkaSession, set[int]] = {one: set(), two: set()}
-
-        def look(*sessions: KafkaSession) -> None:
-            for session in sessions:
-                polled = session.poll(0.1, 10)
-                owned[session] = owned[session] - polled.revoked | polled.assigned
-
-        def shared() -> bool:
-            look(one, two)
-            return all(len(each) == PARTITIONS // 2 for each in owned.values())
-
-        wait_for(shared)
-        (leader,) = (each for each in owned if each._consumer._coordinator._assignment_snapshot is not None)
-        (follower,) = owned.keys() - {leader}
+        both = share(one, two)
+        (leader,) = (each for each in both if each._consumer._coordinator._assignment_snapshot is not None)
+        (follower,) = both.keys() - {leader}
         coordinator = leader._consumer._coordinator
         coordinator._assignment_snapshot = {}  # as if the topics had changed
-        look(leader)  # the follower does not poll meanwhile, and so cannot answer
+        leader.poll(0.1, 1)  # the follower does not poll meanwhile, and so cannot answer
         assert coordinator.rejoining
         coordinator._assignment_snapshot = coordinator._metadata_snapshot
         with ThreadPoolExecutor(1) as threads:
@@ -187,6 +191,23 @@ def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, g
             leader.poll(broker_kafka.SILENCE / 2, 1)
             following.result()
         assert not coordinator.rejoining
+
+
+def test_a_session_that_failed_is_followed_without_a_rebalance(broker: KafkaBroker, group: str) -> None:
+    """The next one of the instance has its partitions at once, and nobody else loses or gets any."""
+    with closing(broker.join(group, "other")) as other:
+        with closing(broker.join(group, "one")) as session:
+            owned = share(session, other)
+            with pytest.raises(Retryable, match="as it must"), session.transaction():
+                raise Retryable("as it must")
+        before = other._consumer.group_metadata()
+        with closing(broker.join(group, "one")) as successor:
+            polled = successor.poll(5.0, 10)
+            while not polled.assigned:
+                polled = successor.poll(5.0, 10)
+            assert owned[session] == polled.assigned
+            assert (frozenset(), frozenset()) == other.poll(2 * broker_kafka.HEARTBEAT_INTERVAL, 10)[1:3]
+            assert before == other._consumer.group_metadata()
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["unaware", "aware"])
@@ -417,6 +438,27 @@ def test_states_that_do_not_match_the_audio_are_fatal(kafka_address: str, topics
         )
         with closing(broker.join(group, "one")) as session, pytest.raises(Fatal, match=r"has 2 partitions .* has 3"):
             session.poll(0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "told"),
+    [
+        ("audio_dlq", "max.message.bytes", "1048588", "at least 16777216"),
+        ("drift_state", "cleanup.policy", "delete", "compact"),
+    ],
+)
+def test_settings_that_would_fail_later_are_fatal_at_once(
+    broker: KafkaBroker, kafka_address: str, topics: Topics, group: str, name: str, setting: str, value: str, told: str
+) -> None:
+    """A topic that somebody else has created is looked at before there is anything to lose."""
+    topic = getattr(topics, name)
+    with KafkaAdminClient(bootstrap_servers=kafka_address) as admin:
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {setting: value})])
+    with (
+        closing(broker.join(group, "one")) as session,
+        pytest.raises(Fatal, match=rf"'{topic}' has {setting}={value}, expected {told}"),
+    ):
+        session.poll(0.1, 1)
 
 
 def test_missing_topics_are_named_with_the_command_that_creates_them(
