@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 from typing import Final, NamedTuple
@@ -29,15 +30,16 @@ from tests.conftest import SHARED_DATA
 from tests.system import cluster, oracle
 from tests.system.members import Member, MemberFailed, members, tell
 from tests.system.oracle import PLAIN, Verdict
-from tests.system.processes import run, wait_for
+from tests.system.processes import wait_for
 from tests.system.stream import EXPECTED, MAX_RECORD_BYTES, as_wav, stream
 from trainer.dataset import load
 from trainer.simulate import simulate
 from trainer.training import fit
-from worker.broker_kafka import SESSION_TIMEOUT
+from worker.broker_kafka import SESSION_TIMEOUT, KafkaBroker
 from worker.config import Config
+from worker.errors import Retryable
 from worker.features import FeatureSpec
-from worker.messages import Message, Record
+from worker.messages import Message, Record, Topics
 
 PARTITIONS: Final = 6
 GROUP: Final = Config().group
@@ -241,7 +243,18 @@ def check(audio: Sequence[Record], calm: oracle.Log) -> None:
 
 
 def create_topics(address: str, prefix: str) -> None:
-    run("earshot-worker", "topics", "--partitions", str(PARTITIONS), *at(address, prefix))
+    """Create the topics, however long a busy machine takes for it."""
+
+    def created() -> bool:
+        topics = Topics(prefix)
+        with closing(KafkaBroker([address], topics)) as broker:
+            try:
+                broker.create_topics(topics.layout(PARTITIONS))
+            except Retryable:
+                return False
+        return True
+
+    wait_for(created, "topics", START)
 
 
 def serve(address: str, prefix: str, bundle: Path) -> tuple[str | Path, ...]:

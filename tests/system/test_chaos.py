@@ -20,7 +20,7 @@ SHORT = chaos.Plan(records=600, kills=6, broker_restarts=1)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_nothing_is_lost_doubled_or_differing(machine_bundle: Path, tmp_path: Path) -> None:
     """Workers and the broker are killed and started again, and what they have committed shows no trace of it."""
     try:
