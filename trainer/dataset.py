@@ -64,7 +64,7 @@ class Dataset(msgspec.Struct, frozen=True):
     group: str | None = None
 
 
-def load(data: Path, label: str = "label", task: Task | None = None, group: str | None = None) -> Dataset:
+def load(data: Path | str, label: str = "label", task: Task | None = None, group: str | None = None) -> Dataset:
     """Find the clips of a folder per class or of a CSV manifest (see `trainer.layouts`); nothing is decoded yet.
 
     Args:
@@ -79,6 +79,7 @@ def load(data: Path, label: str = "label", task: Task | None = None, group: str 
         Fatal: the layout is another, a column or a file is missing, a label cannot be used, or a
             group stands in two folds.
     """
+    data = Path(data)
     manifest = find_manifest(data)
     if manifest is None:
         listed, quantity = from_folders(data, label, group), False

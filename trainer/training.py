@@ -68,7 +68,7 @@ class Fitted(NamedTuple):
 
 def fit(
     dataset: Dataset,
-    out: Path,
+    out: Path | str,
     *,
     name: str | None = None,
     spec: FeatureSpec = COMPACT_SPEC,
@@ -107,6 +107,7 @@ def fit(
         Fatal: too many clips are unusable, nothing can be held out, the features cannot be computed
             at this rate, or ``out`` is something else.
     """
+    out = Path(out)
     bundle.check_replaceable(out)
     if trees is not None:
         forest = msgspec.structs.replace(forest, n_estimators=trees)

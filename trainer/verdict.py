@@ -40,8 +40,8 @@ class Verdict(NamedTuple):
 
 
 def evaluate(
-    path: Path,
-    data: Path,
+    path: Path | str,
+    data: Path | str,
     *,
     jobs: int = -1,
     cache: Cache | None = None,
@@ -60,6 +60,7 @@ def evaluate(
         BadModel: the bundle cannot be loaded.
         Fatal: the clips cannot be used, or one has a class that the model does not know.
     """
+    path, data = Path(path), Path(data)
     model = bundle.load(path)
     manifest = model.manifest
     label = "label" if find_manifest(data) is None else manifest.label

@@ -29,11 +29,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.calibration import Calibration
+from worker.calibration import Calibration, ConformalInterval, TemperatureScaling
 from worker.errors import BadModel, Fatal
 from worker.features import FeatureSpec, Featurizer
 from worker.forest import Forest
-from worker.golden import Golden, pack, replay, scores, unpack
+from worker.golden import Golden, pack, replay, scores, unpack, window_mean
 from worker.messages import ModelId
 from worker.profile import ReferenceProfile, Vector, signal_names
 from worker.windows import Waveform
@@ -168,12 +168,6 @@ class Bundle:
         replay(self._goldens, self.featurizer, self._forest)
 
 
-def window_mean(windows: NDArray[Any]) -> NDArray[Any]:
-    """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
-    mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
-    return mean
-
-
 def write(
     path: Path,
     manifest: dict[str, Any],
@@ -251,13 +245,14 @@ def check_replaceable(path: Path) -> None:
         raise Fatal(f"{path} exists and is no model bundle: name another folder, or remove it")
 
 
-def load(path: Path) -> Bundle:
+def load(path: Path | str) -> Bundle:
     """Read and verify a bundle.
 
     Raises:
         BadModel: it is incomplete, damaged, made by another scikit-learn, or does not reproduce
             its golden clips; the text says what differs.
     """
+    path = Path(path)
     if not (path / MANIFEST).is_file():
         raise BadModel(f"{path} is no model bundle: it has no {MANIFEST}; `earshot-trainer fit` writes one")
     manifest = _manifest(path)
@@ -278,6 +273,8 @@ def load(path: Path) -> Bundle:
         _expect(f"the classes of {FOREST}", flat.classes or (), manifest.classes)
         _expect(f"the features of {FOREST}", flat.n_features, len(featurizer.feature_names))
         levelled = manifest.spec.level_dbfs is not None
+        expected = TemperatureScaling if manifest.classes else ConformalInterval
+        _expect("the calibration", type(manifest.calibration).__name__, expected.__name__)
         signals = signal_names(manifest.classes, manifest.watched, levelled=levelled)
         _expect(f"the signals of {PROFILE}", profile.names, signals)
         bundle = Bundle(manifest, identity, featurizer, flat, profile, unpack(contents[GOLDEN]))

@@ -45,6 +45,12 @@ def scores(forest: Forest, features: NDArray[np.float32]) -> Vector:
     return np.column_stack(forest.predict(features))
 
 
+def window_mean(windows: NDArray[Any]) -> NDArray[Any]:
+    """Return the mean over the windows of a record, shape (windows, numbers); most records have one."""
+    mean: NDArray[Any] = windows[0] if len(windows) == 1 else windows.mean(axis=0, dtype=np.float64)
+    return mean
+
+
 def golden(featurizer: Featurizer, forest: Forest, wav: bytes) -> Golden:
     """Run a clip through the whole of serving and keep what came out."""
     features = featurizer.transform(_windows(featurizer, wav))

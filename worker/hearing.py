@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker import audio, messages
-from worker.bundle import Bundle, window_mean
+from worker.bundle import Bundle
 from worker.errors import BadRecord, EarshotError, Fatal
+from worker.golden import window_mean
 from worker.messages import Chunk, Classification, Prediction, Record, Regression
 from worker.profile import Vector, raw_signals
 

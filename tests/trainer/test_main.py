@@ -159,9 +159,8 @@ class TestCommands:
 
     def test_features_from_a_file(self, tones: Path, tmp_path: Path) -> None:
         """One's own spec in TOML; what is typed beside it goes before it."""
-        (tmp_path / "own.toml").write_text(
-            'sample_rate = 8000\nwindow_seconds = 0.2\nwindow_hop_seconds = 0.2\n[[sets]]\nkind = "frames"\nname = "own"\nfamilies = ["rms"]\n'
-        )
+        own = 'sample_rate = 8000\nwindow_seconds = 0.2\nwindow_hop_seconds = 0.2\n[[sets]]\nkind = "frames"'
+        (tmp_path / "own.toml").write_text(f'{own}\nname = "own"\nfamilies = ["rms"]\n')
         options = [
             "--features",
             str(tmp_path / "own.toml"),

@@ -269,3 +269,56 @@ def test_a_bundle_holds_no_class_of_the_trainer(machine_bundle: Path) -> None:
     """A worker without the trainer installed can unpickle it."""
     for name in (bundle.FEATURIZER, bundle.FOREST):
         assert b"trainer" not in (machine_bundle / name).read_bytes()
+
+
+class TestPredict:
+    def test_classes_are_what_the_worker_says(self, machine_bundle: Path) -> None:
+        """Waveforms of any length, float32 or int16, get the most probable class."""
+        model = bundle.load(machine_bundle)
+        random = np.random.default_rng(0)
+        waveforms = [random.normal(0, 0.1, size).astype(np.float32) for size in (4_000, 16_000, 40_000)]
+        probabilities = model.predict_proba(waveforms)
+        assert (3, 6) == probabilities.shape
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1.0)
+        best = [model.manifest.classes[index] for index in probabilities.argmax(axis=1)]
+        assert best == model.predict(waveforms)
+        features = [model.featurizer.transform(model.featurizer.windows(each)) for each in waveforms]
+        np.testing.assert_array_equal(model.answers(features), probabilities)
+        integers = [np.round(each * 2**15).astype(np.int16) for each in waveforms]
+        floats = [(each / 2**15).astype(np.float32) for each in integers]
+        np.testing.assert_array_equal(model.predict_proba(floats), model.predict_proba(integers))
+
+    def test_values(self, rpm_bundle: Path) -> None:
+        """A regressor's are numbers; probabilities it has none."""
+        model = bundle.load(rpm_bundle)
+        (value,) = model.predict([np.zeros(16_000, np.float32)])
+        assert 1200 <= float(value) <= 3600
+        with pytest.raises(TypeError, match="is a regressor"):
+            model.predict_proba([np.zeros(16_000, np.float32)])
+
+    def test_nothing(self, machine_bundle: Path) -> None:
+        """No waveform has no class, and that is no error; a waveform without a sample is one."""
+        model = bundle.load(machine_bundle)
+        assert [] == list(model.predict([]))
+        assert (0, 6) == model.predict_proba([]).shape
+        with pytest.raises(ValueError, match="sample"):
+            model.predict([np.zeros(0, np.float32)])
+
+
+def test_a_calibration_of_another_task_is_refused(copy: Path) -> None:
+    """An interval says nothing about classes."""
+    rewrite_manifest(copy, calibration={"type": "conformal-interval", "coverage": 0.9, "factor": 1.0, "floor": 1.0})
+    with pytest.raises(BadModel, match="the calibration are ConformalInterval, expected TemperatureScaling"):
+        bundle.load(copy)
+
+
+def test_documents_are_for_people(copy: Path) -> None:
+    """A model is served without them, or with others; and a bundle that has lost them is still one to replace."""
+    before = bundle.load(copy).id
+    assert (copy / bundle.EVALUATION).is_file()
+    (copy / bundle.CARD).write_text("# What we think of it")
+    assert before == bundle.load(copy).id
+    for name in bundle.DOCUMENTS:
+        (copy / name).unlink(missing_ok=True)
+    assert before == bundle.load(copy).id
+    bundle.check_replaceable(copy)
