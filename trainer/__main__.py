@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,13 +53,38 @@ def _simulate(arguments: dict[str, Any]) -> int:
 
 
 def _fit(arguments: dict[str, Any]) -> int:
-    from trainer import summary
+    from trainer.training import fit
+
+    fitted, seen = _train(arguments, fit)
+    if arguments["json"]:
+        print(msgspec.json.encode(fitted._asdict() | {"survey": seen}, enc_hook=str).decode())
+    else:
+        _tell(arguments, fitted)
+    return EXIT_OK
+
+
+def _tune(arguments: dict[str, Any]) -> int:
+    from trainer import grid, summary
+    from trainer.tuning import tune
+
+    chosen = {**(grid.read(arguments["grid"]) if arguments["grid"] else {}), **grid.parse(arguments["param"])}
+    train = partial(tune, grid=chosen, strategy=arguments["strategy"], candidates=arguments["candidates"])
+    (found, fitted), seen = _train(arguments, train)
+    if arguments["json"]:
+        print(msgspec.json.encode(fitted._asdict() | {"survey": seen, "search": found}, enc_hook=str).decode())
+    else:
+        print(summary.search(found, fitted.manifest.label), end="\n\n")
+        _tell(arguments, fitted)
+    return EXIT_OK
+
+
+def _train(arguments: dict[str, Any], train: Callable[..., Any]) -> tuple[Any, Any]:
+    """Survey the clips and train on them; return what comes of both."""
     from trainer.augmentation import read_augmentation
     from trainer.cache import Cache
     from trainer.dataset import load
     from trainer.models import ForestSpec
     from trainer.survey import describe, survey
-    from trainer.training import fit
     from worker.bundle import check_replaceable
 
     check_replaceable(arguments["out"])
@@ -66,11 +92,11 @@ def _fit(arguments: dict[str, Any]) -> int:
     augmentation = read_augmentation(arguments["augment"]) if arguments["augment"] else None
     dataset = load(arguments["data"], label=arguments["label"], task=arguments["task"], group=arguments["group"])
     cache = None if arguments["no_cache"] else Cache()
-    with _progress() as advance:
+    with _where(arguments, dataset), _progress() as advance:
         seen = survey(dataset, jobs=arguments["jobs"], cache=cache, on_progress=advance)
         if not arguments["json"]:
             print(describe(seen), end="\n\n", flush=True)
-        fitted = fit(
+        trained = train(
             dataset,
             arguments["out"],
             name=arguments["name"],
@@ -92,13 +118,30 @@ def _fit(arguments: dict[str, Any]) -> int:
             cache=cache,
             on_progress=advance,
         )
-    if arguments["json"]:
-        print(msgspec.json.encode(fitted._asdict() | {"survey": seen}, enc_hook=str).decode())
-        return EXIT_OK
+    return trained, seen
+
+
+def _where(arguments: dict[str, Any], dataset: Any) -> AbstractContextManager[None]:
+    """Return the cluster that is to do the work, or nothing."""
+    asked, scheduler = arguments["backend"], arguments["scheduler"]
+    if asked == "dask" and scheduler is None:
+        raise Fatal("--backend dask needs --scheduler ADDRESS, as in tcp://10.0.0.1:8786")
+    if asked != "dask" and scheduler is not None:
+        raise Fatal(f"--scheduler {scheduler} is for --backend dask; name both, or neither")
+    if scheduler is None:
+        return nullcontext()
+    from trainer.backend import cluster
+
+    return cluster(scheduler, dataset.clips[0].path)
+
+
+def _tell(arguments: dict[str, Any], fitted: Any) -> None:
+    """Print what a training has brought."""
+    from trainer import summary
+
     print(summary.model(fitted.manifest))
     print(summary.evaluation(fitted.evaluation))
     print(f"\nbundle written to {arguments['out']}")
-    return EXIT_OK
 
 
 def _evaluate(arguments: dict[str, Any]) -> int:
@@ -123,6 +166,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
 COMMANDS: Final[dict[str, Callable[[dict[str, Any]], int]]] = {
     "simulate": _simulate,
     "fit": _fit,
+    "tune": _tune,
     "evaluate": _evaluate,
 }
 

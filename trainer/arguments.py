@@ -47,6 +47,20 @@ def parser() -> argparse.ArgumentParser:
     _training(fit)
     _forest(fit)
 
+    tune = _command(
+        commands,
+        "tune",
+        "search for the forest that suits the clips, and write the bundle of the best one",
+        "earshot-trainer tune clips --out bundle --strategy random --candidates 20",
+    )
+    tune.description = (
+        "Search for the settings of a forest on folds of whole groups, measure the best one on a fifth of the clips "
+        "that the search never heard, and train it on all of them. Settings that are not searched are as for `fit`."
+    )
+    _training(tune)
+    _search(tune)
+    _forest(tune)
+
     evaluate = _command(
         commands,
         "evaluate",
@@ -110,8 +124,42 @@ def _training(command: argparse.ArgumentParser) -> None:
 
     command.add_argument("--seed", type=SEED, default=0, help="of forests, folds and copies (%(default)s)")
     _work(command)
+    command.add_argument(
+        "--backend",
+        choices=("local", "dask"),
+        default="local",
+        help="who listens to the clips, and searches: this machine, or a Dask cluster (%(default)s)",
+    )
+    command.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of the Dask cluster, as in tcp://10.0.0.1:8786; its workers must see the clips under the same path",
+    )
     command.add_argument("--no-report", action="store_true", help="do not write report.html, which takes a few seconds")
     command.add_argument("--json", action="store_true", help="print everything that was found out as JSON")
+
+
+def _search(command: argparse.ArgumentParser) -> None:
+    """Add what is searched, and how."""
+    search = command.add_argument_group("search")
+    search.add_argument(
+        "--strategy",
+        choices=("grid", "random", "halving"),
+        default="grid",
+        help="try everything, draw some, or let all compete with few trees, and the best with more (%(default)s)",
+    )
+    search.add_argument(
+        "--candidates", type=WHOLE, metavar="N", help="how many are drawn (20 for random, all there are for halving)"
+    )
+    search.add_argument("--grid", type=Path, metavar="FILE", help="TOML or JSON: a list of values for each setting")
+    search.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="a setting and its values, beside those of --grid, as in max_depth=None,10,20; without either there is "
+        "a grid of n_estimators, max_depth and min_samples_split, and a wider one for random and halving",
+    )
 
 
 def _forest(command: argparse.ArgumentParser) -> None:

@@ -234,7 +234,9 @@ def _measured(
         return metrics.regression(said, labels, groups, seed=model.seed)
     probabilities = np.zeros((len(clips), len(classes)))
     probabilities[:, np.searchsorted(classes, model.forest_.classes)] = said
-    return metrics.classification(probabilities, np.searchsorted(classes, labels), groups, seed=model.seed)
+    measures = metrics.classification(probabilities, np.searchsorted(classes, labels), groups, seed=model.seed)
+    del measures["calibration_error"]  # it would be of a forest that nobody has calibrated
+    return measures
 
 
 def _ranked(results: dict[str, Any], folds: int, task: str) -> tuple[Candidate, ...]:

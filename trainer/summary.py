@@ -9,8 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from trainer import wording
-from trainer.results import ClassResult, Evaluation
+from trainer.results import ClassResult, Evaluation, Search
 from worker.bundle import Manifest
+
+RANKS: Final = 15
+"""Candidates of a search that are listed; the report has all of them."""
 
 LEAKY: Final = "a random split has windows of one clip on both sides: nobody will ever see its figure"
 
@@ -45,6 +48,31 @@ def evaluation(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
+def search(found: Search, label: str) -> str:
+    """Return the best candidates with their scores, and what the best is worth on clips that it was not chosen by."""
+    rows = [
+        (
+            str(rank),
+            wording.parameters(each.parameters),
+            f"{each.score:.3f} ± {each.deviation:.3f}",
+            f"{each.seconds:.1f}",
+        )
+        for rank, each in enumerate(found.candidates[:RANKS], start=1)
+    ]
+    lines = [
+        f"{wording.count(len(found.candidates), 'candidate')} ({found.strategy} search), by {found.scoring} of clips:",
+        *_aligned([("", "parameters", f"{found.scoring} over the folds", "seconds"), *rows], left=2),
+    ]
+    if len(found.candidates) > RANKS:
+        lines.append(f"  … and {len(found.candidates) - RANKS} more")
+    lines.append("the first of them, on clips that were laid aside before:")
+    held_out = [
+        (wording.title(name, label), _with_interval(wording.figure(name, each.value), wording.interval(name, each)))
+        for name, each in found.held_out.items()
+    ]
+    return "\n".join([*lines, *_aligned(held_out)])
+
+
 def _with_interval(figure: str, interval: str) -> str:
     return f"{figure} ({interval})" if figure else ""
 
@@ -55,10 +83,13 @@ def _class(result: ClassResult) -> tuple[str, ...]:
     return (name, str(result.clips), *("" if figure is None else f"{figure:.2f}" for figure in figures))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield rows with their first column to the left, and the others below each other."""
+def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+    """Yield rows with their columns below each other, the first so many of them to the left."""
     clean = [[wording.printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    for first, *others in clean:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+    for row in clean:
+        padded = zip(row, widths, strict=True)
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(padded)
+        ]
         yield f"  {'  '.join(cells)}".rstrip()

@@ -41,7 +41,7 @@ class Tuned(NamedTuple):
 
 def tune(
     dataset: Dataset,
-    out: Path,
+    out: Path | str,
     grid: Grid | None = None,
     *,
     strategy: Strategy = "grid",
@@ -75,6 +75,7 @@ def tune(
     Raises:
         Fatal: the grid is of no use, or as `fit` does.
     """
+    out = Path(out)
     check_replaceable(out)
     grid = grid or _default(strategy, dataset.task)
     check(grid, dataset.task, forest)
