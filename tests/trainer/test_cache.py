@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import cache as module
@@ -31,6 +31,7 @@ class TestEntries:
         assert 1 == len(entries(tmp_path))
         assert cache.trouble is None
 
+    @settings(deadline=None, max_examples=40)  # it waits for a disk, and there are 40 bytes
     @given(cut=st.integers(0, 39), flip=st.integers(0, 39))
     def test_a_damaged_entry_is_none(self, tmp_path_factory: pytest.TempPathFactory, cut: int, flip: int) -> None:
         """Cut off anywhere, or with any byte changed; it is replaced by the next one."""

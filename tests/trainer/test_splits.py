@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.test_dataset import dataset_of
@@ -18,6 +18,7 @@ from worker.errors import Fatal
 
 
 class TestSplits:
+    @settings(deadline=None)  # scikit-learn's first call takes its time
     @given(
         clips=st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdefg")), min_size=2, max_size=40),
         n_splits=st.integers(2, 6),
@@ -73,6 +74,7 @@ class TestSplits:
 
 
 class TestRandomSplits:
+    @settings(deadline=None)  # as above
     @given(count=st.integers(2, 60), n_splits=st.integers(2, 6), seed=st.integers(0, 9))
     def test_each_window_is_tested_once(self, count: int, n_splits: int, seed: int) -> None:
         """And trained on in every other fold, the same way for a seed."""
