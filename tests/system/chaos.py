@@ -59,6 +59,9 @@ MISMATCHES: Final = 10
 SENSITIVE: Final = ("--drift-block-seconds", "1", "--drift-quorum", "2")
 """So that a short stream has several drift events; here it is no matter which of them are false alarms."""
 
+FORGETFUL: Final = ("--forget-after", "8")
+"""So that the state of a source that rests is deleted, and begins anew when it is back; others come more often."""
+
 STORM_BATCH: Final = 4
 """Records in a transaction: so few that a worker catches up slowly, and most kills find it in a transaction. The
 calm worker cuts the log in another way."""
@@ -240,6 +243,8 @@ def check(audio: Sequence[Record], calm: oracle.Log) -> None:
         raise ChaosFailed(f"{len(reasons) - len(poisoned)} records were fine, and {heard.total()} are predicted")
     if len(calm[PLAIN.drift_events]) < 4:  # two events, each with its request for retraining
         raise ChaosFailed("there was hardly any drift, and so nothing to lose of it")
+    if all(each.value is not None for each in calm[PLAIN.drift_state]):
+        raise ChaosFailed("no source was forgotten, and so none could come back from the dead")
 
 
 def create_topics(address: str, prefix: str) -> None:
@@ -259,7 +264,15 @@ def create_topics(address: str, prefix: str) -> None:
 
 def serve(address: str, prefix: str, bundle: Path) -> tuple[str | Path, ...]:
     """Return what both runs tell their workers."""
-    return (*at(address, prefix), "--model", bundle, *SENSITIVE, "--max-record-bytes", str(MAX_RECORD_BYTES))
+    return (
+        *at(address, prefix),
+        "--model",
+        bundle,
+        *SENSITIVE,
+        *FORGETFUL,
+        "--max-record-bytes",
+        str(MAX_RECORD_BYTES),
+    )
 
 
 def at(address: str, prefix: str) -> tuple[str, ...]:

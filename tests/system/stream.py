@@ -10,7 +10,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Final
 
@@ -51,12 +51,17 @@ def as_wav(clips: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def stream(clips: Sequence[Path], records: int, partitions: int, seed: int) -> Iterator[Message]:
-    """Yield ``records`` messages, the sources in turn; of four sources three drift, halfway through."""
+    """Yield ``records`` messages, the sources in turn; of four sources three drift, halfway through, and one rests."""
     chance = random.Random(seed)
-    sources = [_source(clips, number, -(-records // SOURCES), seed) for number in range(SOURCES)]
-    interleaved = (next(source) for source in cycle(sources))
-    for number, message in enumerate(islice(interleaved, records)):
-        placed = replace(message, partition=number % SOURCES % partitions)
+    turns = -(-records * 13 // (SOURCES * 12))  # a twelfth more than without the rests
+    sources = [_source(clips, number, turns, seed) for number in range(SOURCES)]
+    interleaved = (
+        replace(next(source), partition=number % partitions)
+        for turn in count()
+        for number, source in enumerate(sources)
+        if number % 4 < len(_DRIFTS) or turn not in range(turns * 4 // 10, turns * 7 // 10)
+    )
+    for placed in islice(interleaved, records):
         yield _poison(placed, chance) if chance.random() < POISONED else _dress(placed, chance)
 
 

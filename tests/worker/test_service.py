@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from worker.broker import Polled, Session, Transaction
 from worker.broker_sqlite import SqliteBroker
 from worker.errors import Fatal, Retryable
-from worker.health import Pulse
+from worker.health import Health, Pulse
 from worker.messages import Message, Record, Topics
 from worker.pipeline import Batch, Restored
 from worker.service import FIRST_PAUSE, LONGEST_PAUSE, PROGRESS, SETTLED, GaveUp, Service
@@ -442,6 +442,39 @@ class TestRecovery:
         assert 1 == len(broker.joined)
         assert (0 if point == "join" else 1) == session.closed
         assert [] == broker.stop.pauses
+
+
+class TestWaiting:
+    def test_says_what_it_waits_for(self) -> None:
+        """Partitions whose offsets are not told yet: it is not ready, says so once, and is ready when they are."""
+        pulse = Pulse()
+        seen: list[Health] = []
+
+        def look(*unplaced: int, assigned: Iterable[int] = ()) -> Callable[[], Polled]:
+            def poll() -> Polled:
+                seen.append(pulse.serving())
+                return polled(assigned=assigned)._replace(unplaced=frozenset(unplaced))
+
+            return poll
+
+        session = Scripted(look(0, 3, assigned=[0, 3]), look(0, 3), look(3), look(), look())
+        logs = serve(ScriptedBroker(session), Counter(), pulse=pulse)
+
+        assert [False, False, False, False, True] == [ready for ready, _ in seen]
+        assert all("[0, 3]" in why for _, why in seen[1:3])
+        assert "[3]" in seen[3][1]
+        waits = [each["partitions"] for each in logs if each["event"] == "waiting_for_offsets"]
+        assert [[0, 3], [3], []] == waits
+
+    def test_is_no_progress(self) -> None:
+        """However long it waits, that does not end the outage."""
+        broker = ScriptedBroker(lost(), lost())
+        waits = [after(broker.stop, SETTLED / 2, polled()._replace(unplaced=frozenset([0]))) for _ in range(4)]
+        broker._script += [Scripted(*waits, lost())]
+
+        serve(broker, Counter())
+
+        assert [0.5, 1.0, 2.0] == broker.stop.pauses
 
 
 class TestBackoff:
