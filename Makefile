@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := build/bench
 
-.PHONY: help demo test faults chaos soak bench skew lint format lock clean
+.PHONY: help demo test faults chaos soak bench skew accuracy lint format lock clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ skew: $(READY) ## serve ESC-10 differently from training, in the ways that cost 
 
 bench: $(BENCH)/.ready ## measure speed beside the peers, in an environment of its own; ARGS='--json FILE' or a part, such as forest
 	@$(BENCH)/bin/python -m tests.bench $(ARGS)
+
+accuracy: $(READY) ## train on ESC-10 and on notes, and hold the accuracy on unheard clips against marks; DATA=folder with both
+	@$(BIN)/python -m tests.system.accuracy $(if $(DATA),"$(DATA)")
 
 lint: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check .

@@ -1,0 +1,107 @@
+"""`make accuracy`: how well a forest hears, by the public commands on public recordings, against marks.
+
+It trains as a user would, on folds that say something: ESC-10's official ones, and notes of an instrument, or
+of an instrument and a pitch, that the forest has not heard. What it prints is what `earshot-trainer fit`
+found out about held-out clips; it ends with status 1 if a mark is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tests.conftest import SHARED_DATA
+from tests.system.processes import BIN
+
+WORK: Final = Path("build/accuracy")
+
+ESC10: Final = ("--features", "compact", "--forest", "extra-trees", "--trees", "1000")
+NOTES: Final = ("--features", "pitch", "--forest", "extra-trees", "--trees", "500", "--label", "midi_pitch")
+
+
+class Mark(NamedTuple):
+    """A measure of held-out clips or windows, of a training with ``options``, and what it has to be.
+
+    ``at_least`` tells whether more is better; ``stretch`` is what would be better than that.
+    """
+
+    title: str
+    data: str
+    options: tuple[str, ...]
+    level: str
+    measure: str
+    mark: float
+    stretch: float
+    at_least: bool
+
+    def missed(self, value: float) -> bool:
+        """Return whether ``value`` is worse than the mark."""
+        return value < self.mark if self.at_least else value > self.mark
+
+    def text(self, value: float) -> str:
+        """Return a value as it is read."""
+        return f"{100 * value:.2f} %" if self.measure == "accuracy" else f"{value:.2f} semitones"
+
+
+MARKS: Final = (
+    Mark("ESC-10, official folds, clips", "esc10", ESC10, "clip", "accuracy", 0.905, 0.92, at_least=True),
+    Mark(
+        "ESC-10, official folds, single windows of 1 s", "esc10", ESC10, "window", "accuracy", 0.82, 0.84, at_least=True
+    ),
+    Mark(
+        "notes, grouped by instrument and pitch",
+        "notes",
+        (*NOTES, "--group", "group+midi_pitch"),
+        "clip",
+        "mae",
+        1.0,
+        0.7,
+        at_least=False,
+    ),
+    Mark("notes, one instrument left out", "notes", (*NOTES, "--folds", "6"), "clip", "mae", 2.2, 1.5, at_least=False),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print the table, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="make accuracy", description=__doc__)
+    parser.add_argument("data", nargs="?", type=Path, default=SHARED_DATA, help="a folder with esc10 and notes")
+    data: Path = parser.parse_args(argv).data
+    missed = 0
+    rows = [("", "measured", "95 % interval", "mark", "stretch", "")]
+    for mark in MARKS:
+        found = trained(data / mark.data, mark.options)["evaluation"][mark.level][mark.measure]
+        value, low, high = found["value"], found["low"], found["high"]
+        missed += mark.missed(value)
+        verdict = "MISSED" if mark.missed(value) else "ok"
+        between = f"{mark.text(low).partition(' ')[0]} to {mark.text(high)}"
+        rows.append((mark.title, mark.text(value), between, mark.text(mark.mark), mark.text(mark.stretch), verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for first, *others in rows:
+        print("  ".join([first.ljust(widths[0]), *(map(str.rjust, others, widths[1:]))]).rstrip())
+    return 1 if missed else 0
+
+
+@cache
+def trained(data: Path, options: tuple[str, ...]) -> Any:
+    """Run `earshot-trainer fit` on ``data`` and return everything that it found out."""
+    command = ["fit", str(data), "--out", str(WORK / data.name), *options, "--no-report"]
+    print("$ earshot-trainer " + " ".join(command), flush=True)
+    began = time.monotonic()
+    done = subprocess.run([BIN / "earshot-trainer", *command, "--json"], stdout=subprocess.PIPE, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"`earshot-trainer fit` ended with status {done.returncode}")
+    print(f"  {time.monotonic() - began:.0f} s", flush=True)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
