@@ -22,12 +22,14 @@ from joblib.parallel import get_active_backend
 
 from tests.trainer.test_search import windows_of
 from trainer import backend
+from trainer.__main__ import main
 from trainer.backend import cluster
 from trainer.dataset import load
 from trainer.extract import featurize
 from trainer.grid import Grid
 from trainer.results import Search
 from trainer.search import search
+from worker.bundle import load as load_bundle
 from worker.errors import Fatal
 from worker.features import FeatureSpec, Featurizer
 
@@ -95,12 +97,30 @@ class TestCluster:
         assert len(told) > 2
         assert told[-1][0] == told[-1][1] == told[0][1], "though the last events may come after the results"
 
+    def test_the_same_bundle(
+        self, scheduler: str, machines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """`tune` on the cluster writes the bytes that it writes here, and says the same but for the seconds."""
+        options = ["--param", "n_estimators=3,9", "--param", "kind=random-forest,extra-trees", "--name", "same"]
+        options += ["--json", "--no-cache", "--no-report", "--window-hop-seconds", "1"]
+        places = {"here": ["--jobs", "1"], "there": ["--backend", "dask", "--scheduler", scheduler]}
+        told = {}
+        for name, place in places.items():
+            assert 0 == main(["tune", str(machines), "--out", str(tmp_path / name), *options, *place])
+            told[name] = msgspec.convert(msgspec.json.decode(capsys.readouterr().out)["search"], Search)
+        assert timeless(told["here"]) == timeless(told["there"])
+        here, there = (load_bundle(tmp_path / name) for name in places)
+        assert here.manifest.files == there.manifest.files
+        assert here.id.hash == there.id.hash
+
     def test_a_worker_dies(self, scheduler: str) -> None:
         """Its tasks are done by another one, with the same result."""
         windows = windows_of([str(n % 3) for n in range(60)], task="classification")
         with cluster(scheduler):
-            victim = min(get_active_backend()[0].client.run(os.getpid).values())
+            client = get_active_backend()[0].client
+            victim = min(client.run(os.getpid).values())
             spread = search(windows, GRID, on_progress=lambda _stage, done, _fits: kill(victim) if done == 3 else None)
+            client.wait_for_workers(2, timeout=60)
         assert timeless(search(windows, GRID)) == timeless(spread)
         assert not Path(f"/proc/{victim}").exists()
 
