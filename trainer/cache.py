@@ -76,7 +76,7 @@ class Cache:
         except OSError as error:
             self.trouble = (
                 f"nothing can be kept in {self.folder} ({error.strerror}), so the next run computes it again; "
-                "--cache names another folder"
+                "XDG_CACHE_HOME names another place, --no-cache none"
             )
 
     def _path(self, key: str) -> Path:

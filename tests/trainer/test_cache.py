@@ -59,7 +59,7 @@ class TestEntries:
         assert cache.get(KEY) is None
         assert cache.trouble is not None
         assert f"nothing can be kept in {tmp_path}/file/cache" in cache.trouble
-        assert "--cache names another folder" in cache.trouble
+        assert "XDG_CACHE_HOME names another place" in cache.trouble
 
     def test_a_failed_write_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What could not take its place is removed again."""
