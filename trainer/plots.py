@@ -93,7 +93,7 @@ def reliability(found: Reliability) -> Markup:
     """Draw how often windows were right against how sure the model was, before and after calibration."""
     with _rules("reliability"):
         figure = _figure(300)
-        axes = _axes(figure, 40, 250)
+        axes = _axes(figure, 40, 236)
         axes.plot([0, 1], [0, 1], label="as sure as right", **DOTTED)
         for bins, label, colour, line, marker in (
             (found.before, "before calibration", COLOURS["wrong"], "--", "s"),
@@ -101,7 +101,8 @@ def reliability(found: Reliability) -> Markup:
         ):
             sure, right = [each.confidence for each in bins], [each.accuracy for each in bins]
             axes.plot(sure, right, color=colour, linestyle=line, marker=marker, markersize=5, label=label)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="mean confidence", ylabel="share that was right")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="mean confidence")
+        _upright(axes, "share that was right")
         axes.legend(loc="lower right", frameon=False)
         return _svg(figure)
 
@@ -110,11 +111,12 @@ def scatter(truth: Vector, said: Vector, low: Vector, high: Vector) -> Markup:
     """Draw what was said against what is true, with intervals; NaN where there is none. Shapes (clips,)."""
     with _rules("scatter"):
         figure = _figure(300)
-        axes = _axes(figure, 40, 250)
+        axes = _axes(figure, 40, 236)
         ends = [min(truth.min(), said.min()), max(truth.max(), said.max())]
         axes.plot(ends, ends, **DOTTED)
         _intervals(axes, truth, said, low, high, aim=truth)
-        axes.set(xlabel="true", ylabel="said")
+        axes.set(xlabel="true")
+        _upright(axes, "said")
         return _svg(figure)
 
 
@@ -122,10 +124,11 @@ def residuals(truth: Vector, said: Vector, low: Vector, high: Vector) -> Markup:
     """Draw by how much too high or too low was said, against what is true, with intervals. Shapes (clips,)."""
     with _rules("residuals"):
         figure = _figure(300)
-        axes = _axes(figure, 40, 250)
+        axes = _axes(figure, 40, 236)
         axes.axhline(0.0, **DOTTED)
         _intervals(axes, truth, said - truth, low - truth, high - truth, aim=np.zeros_like(truth))
-        axes.set(xlabel="true", ylabel="said minus true")
+        axes.set(xlabel="true")
+        _upright(axes, "said minus true")
         return _svg(figure)
 
 
@@ -133,9 +136,10 @@ def histogram(values: Sequence[float], unit: str, name: str) -> Markup:
     """Draw how many clips have which value; ``name`` is unique within the page."""
     with _rules(name):
         figure = _figure(150)
-        axes = _axes(figure, 40, 100)
+        axes = _axes(figure, 40, 86)
         axes.hist(values, bins=24, color=COLOURS["accent"])
-        axes.set(xlabel=unit, ylabel="clips")
+        axes.set(xlabel=unit)
+        _upright(axes, "clips")
         axes.locator_params(axis="y", nbins=4, integer=True)
         return _svg(figure)
 
@@ -191,6 +195,11 @@ def _axes(figure: Any, bottom: int, height: int) -> Any:
     """Return axes as wide as the picture allows, this far above its lower edge and so high, in its units."""
     whole = 72 * figure.get_figheight()
     return figure.add_axes((LEFT / WIDTH, bottom / whole, (WIDTH - LEFT - RIGHT) / WIDTH, height / whole))
+
+
+def _upright(axes: Any, label: str) -> None:
+    """Name the vertical axis above it: beside it, wide numbers would push the name out of the picture."""
+    axes.set_title(label, loc="left", fontsize=RULES["font.size"], x=-LEFT / (WIDTH - LEFT - RIGHT))
 
 
 def _svg(figure: Any) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -77,7 +78,7 @@ def searched(held_out: dict[str, Measure]) -> Search:
         candidates=tuple(
             Candidate(
                 {"n_estimators": trees, "max_depth": depth, "min_samples_leaf": leaf},
-                0.6 + 0.04 * np.log10(trees) + (0.05 if depth is None else 0.004 * depth) - 0.002 * leaf,
+                0.6 + 0.04 * math.log10(trees) + (0.05 if depth is None else 0.004 * depth) - 0.002 * leaf,
                 0.02,
                 trees / 50,
             )
