@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "messages", "audio", "compiled", "windows", "frames", "statistics", "pitch", "features", "forest"),
+    *("errors", "messages", "audio"),
+    *("compiled", "windows", "frames", "statistics", "rhythm", "pitch", "features", "forest"),
     *("profile", "calibration", "golden", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
     *("config", "security", "broker", "watchdog", "kafka_cluster", "broker_kafka", "broker_sqlite"),
-    *("telemetry", "health"),
+    *("telemetry", "health", "supervisor"),
     *("service", "play", "text", "dlq", "board", "watch"),
     *("arguments", "__main__"),
 )

@@ -14,14 +14,15 @@ import msgspec
 import numpy as np
 
 from worker.pitch import PitchSet
+from worker.rhythm import RhythmSet
 from worker.statistics import FrameStatistics
 from worker.windows import Column, Floats, Waveform, Window, as_float32
 
 ARTICLE: Final = FrameStatistics(
-    name="article", n_fft=2048, win_length=2048, n_mels=128, families=("mfcc",), statistics=("mean", "std")
+    name="article", n_fft=2048, win_length=2048, n_mels=128, families=("mel", "mfcc"), statistics=("mean",)
 )
-"""A notebook's features: librosa's melspectrogram, power_to_db and mfcc by their defaults, 20 MFCCs
-(40 features)."""
+"""A notebook's features: librosa's melspectrogram with its defaults, power_to_db and 20 MFCCs, each
+averaged over the window (148 features). A forest of 100 trees names 69 % of ESC-10's clips from them."""
 
 COMPACT: Final = FrameStatistics(
     name="compact",
@@ -34,13 +35,32 @@ COMPACT: Final = FrameStatistics(
 windows' probabilities averaged). More statistics did not name more, and without the spectral
 contrast it is 84 %."""
 
+RICH: Final = FrameStatistics(
+    name="rich",
+    n_fft=2048,
+    win_length=2048,
+    n_mels=64,
+    families=("mel", "mfcc", "centroid", "bandwidth", "rolloff", "flatness", "contrast", "zcr", "rms"),
+    statistics=(
+        *("mean", "std", "skew", "change", "change_std", "change_max"),
+        *("min", "p10", "median", "p90", "max"),
+    ),
+    trim_db=60.0,
+)
+RHYTHM: Final = RhythmSet(name="rhythm", n_fft=2048, win_length=2048, n_mels=64)
+
 PITCH: Final = PitchSet()
 """Which note is played, and how clearly: estimates for a regression of pitch (4 features)."""
 
-AnySet = FrameStatistics | PitchSet
+AnySet = FrameStatistics | RhythmSet | PitchSet
 
-NAMED: Final[dict[str, AnySet]] = {feature_set.name: feature_set for feature_set in (ARTICLE, COMPACT, PITCH)}
-"""The sets that have a name; a user's own come from a file."""
+NAMED: Final[dict[str, tuple[AnySet, ...]]] = {
+    "article": (ARTICLE,),
+    "compact": (COMPACT,),
+    "rich": (RICH, RHYTHM),
+    "pitch": (PITCH,),
+}
+"""What can be asked for by name; a user's own sets come from a file."""
 
 # A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
 LIMIT: Final = float(2**20)
@@ -116,7 +136,7 @@ def feature_spec(names: str = COMPACT.name, **settings: Any) -> FeatureSpec:
     unknown = [name for name in names.split("+") if name not in NAMED]
     if unknown:
         raise ValueError(f"there is no feature set {unknown[0]!r}; expected {', '.join(NAMED)}, or several joined by +")
-    return FeatureSpec(sets=tuple(NAMED[name] for name in names.split("+")), **settings)
+    return FeatureSpec(sets=tuple(each for name in names.split("+") for each in NAMED[name]), **settings)
 
 
 def read_spec(text: str) -> FeatureSpec:

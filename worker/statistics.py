@@ -6,36 +6,52 @@ numbers are computed, or what other sets there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final, Literal, get_args
 
 import numpy as np
 
+from worker.compiled import compiled
 from worker.frames import Family, Frames, FrameSpec, Tables
 from worker.windows import Array, Column, Floats, Window, are_names
 
-Statistic = Literal["mean", "std", "min", "p10", "median", "p90", "max"]
-"""How the frames of a window become one number; "std" is the population's, percentiles interpolate."""
+Moment = Literal["mean", "std", "skew", "change", "change_std", "change_max"]
+"""Mean, population standard deviation and skewness of the frames (0 for a constant); of what changes
+from each frame to the next, the mean size, the standard deviation and the largest size."""
 
-QUANTILES: Final[dict[str, float]] = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+Quantile = Literal["min", "p10", "p25", "median", "p75", "p90", "max"]
+"""Order statistics of the frames; percentiles interpolate between two."""
+
+Statistic = Moment | Quantile
+"""How the frames of a window become one number."""
+
+MOMENTS: Final[tuple[str, ...]] = get_args(Moment)
+QUANTILES: Final = {"min": 0.0, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
+STATISTICS: Final[tuple[Statistic, ...]] = (*get_args(Moment), *get_args(Quantile))
+
+CONSTANT: Final = 1e-6
+"""A spread of so much of the mean is the rounding of float32: the skewness of it would be noise."""
 
 
 class FrameStatistics(FrameSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="frames"):
     """What is computed for each frame of a window, and the statistics of it that are its features.
 
     A feature is named "family.band.statistic", or "family.statistic" for a family of one band.
+    With ``trim_db``, frames whose RMS is more than that below the loudest frame's are left out, so
+    that the silence around a sound does not count.
     """
 
     families: tuple[Family, ...]
     statistics: tuple[Statistic, ...] = ("mean", "std")
+    trim_db: float | None = None
 
     def checks(self, sample_rate: int, window_samples: int) -> tuple[tuple[str, bool, str], ...]:
         """Return settings, whether they hold, and what was expected."""
-        families, statistics = get_args(Family), get_args(Statistic)
+        families = get_args(Family)
         return (
             *super().checks(sample_rate, window_samples),
             ("families", are_names(self.families, families), f"each once, one or more of {families}"),
-            ("statistics", are_names(self.statistics, statistics), f"each once, one or more of {statistics}"),
+            ("statistics", are_names(self.statistics, STATISTICS), f"each once, one or more of {STATISTICS}"),
+            ("trim_db", self.trim_db is None or 0 < self.trim_db < np.inf, "more than 0 dB, or none for all frames"),
         )
 
     def extractor(self, sample_rate: int, window_samples: int) -> FrameExtractor:  # noqa: ARG002  # any length will do
@@ -55,6 +71,10 @@ class FrameExtractor:
         self._tables = tables
         cepstral = dict.fromkeys(("mfcc", "delta", "delta2"), spec.n_mfcc)
         bands = {"mel": spec.n_mels, **cepstral, "contrast": len(tables.contrast)}
+        quantiles = [name for name in QUANTILES if name in spec.statistics]
+        self._quantiles = np.array([QUANTILES[name] for name in quantiles])
+        computed = (*MOMENTS, *quantiles)
+        self._columns = [computed.index(name) for name in spec.statistics]
         self.columns = tuple(
             Column(family, band, statistic)
             for family in spec.families
@@ -66,21 +86,54 @@ class FrameExtractor:
         """Return the features of a window, shape (features,)."""
         frames = Frames(window, self._spec, self._tables)
         rows = np.concatenate([frames[family] for family in self._spec.families])
-        return _summarize(rows, self._spec.statistics).ravel()
+        if self._spec.trim_db is not None:
+            rows = rows[:, frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)]
+        ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
+        return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
 
 
-def _summarize(rows: Floats, statistics: Iterable[Statistic]) -> Array:
-    """Return the statistics of each row over its frames, shape (rows, statistics)."""
-    mean: Array = np.mean(rows, axis=-1, dtype=np.float64)
-    ordered = np.sort(rows, axis=-1)
-    columns = []
-    for statistic in statistics:
-        if statistic == "mean":
-            columns.append(mean)
-        elif statistic == "std":
-            columns.append(np.sqrt(np.mean(np.square(rows - mean[:, np.newaxis]), axis=-1)))
-        else:
-            between, low = np.modf(QUANTILES[statistic] * (rows.shape[-1] - 1))
-            below, above = ordered[:, int(low)], ordered[:, int(np.ceil(low + between))]
-            columns.append(below + between * (above - below))
-    return np.stack(columns, axis=-1)
+@compiled
+def _summarize(rows: Floats, ordered: Floats, quantiles: Array) -> Array:
+    """Return `MOMENTS` and then the quantiles of each row over its frames, shape (rows, statistics).
+
+    Args:
+        rows: shape (rows, frames), one frame or more.
+        ordered: the rows, each sorted; needed for quantiles only.
+        quantiles: 0 for the lowest to 1 for the highest.
+    """
+    n_rows, n_frames = rows.shape
+    features = np.zeros((n_rows, 6 + len(quantiles)))
+    for row in range(n_rows):
+        total = 0.0
+        for t in range(n_frames):
+            total += rows[row, t]
+        mean = total / n_frames
+        squares = cubes = 0.0
+        for t in range(n_frames):
+            deviation = rows[row, t] - mean
+            squares += deviation * deviation
+            cubes += deviation * deviation * deviation
+        variance = squares / n_frames
+        features[row, 0] = mean
+        features[row, 1] = np.sqrt(variance)
+        if variance > (CONSTANT * mean) ** 2:
+            features[row, 2] = cubes / n_frames / variance**1.5
+        sizes = steps = 0.0
+        for t in range(1, n_frames):
+            step = np.float64(rows[row, t]) - rows[row, t - 1]
+            sizes += abs(step)
+            steps += step
+            features[row, 5] = max(features[row, 5], abs(step))
+        if n_frames > 1:
+            features[row, 3] = sizes / (n_frames - 1)
+            drift = steps / (n_frames - 1)
+            spread = 0.0
+            for t in range(1, n_frames):
+                spread += (np.float64(rows[row, t]) - rows[row, t - 1] - drift) ** 2
+            features[row, 4] = np.sqrt(spread / (n_frames - 1))
+        for column in range(len(quantiles)):
+            place = quantiles[column] * (n_frames - 1)
+            low = int(place)
+            below, above = ordered[row, low], ordered[row, min(low + 1, n_frames - 1)]
+            features[row, 6 + column] = below + (place - low) * (np.float64(above) - below)
+    return features

@@ -44,6 +44,10 @@ class Stft(NamedTuple):
         """How many zeros stand before and after the samples."""
         return self.n_fft // 2 if self.center else 0
 
+    def n_frames(self, samples: int) -> int:
+        """How many frames a waveform of so many samples has."""
+        return 1 + max(samples + 2 * self.margin - self.n_fft, 0) // self.hop_length
+
 
 class Window:
     """A waveform of float32, shape (samples,), and what several sets may ask of it."""
