@@ -735,6 +735,20 @@ def test_what_the_broker_left_open_is_ended_as_it_was_meant(
         assert set() == open_transactions(mortal.address, written)
 
 
+def test_another_leader_ends_the_session(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """The old one may have taken markers of this session with it, and only the next session can tell."""
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        process(session, topics, poll_for(session, PARTITIONS))
+        assert [] == session.poll(0.1, 1).records
+        log = TopicPartition(topics.predictions_out, 0)
+        known = session._producer._metadata
+        epoch = known.leader_epoch_for_partition(log)
+        known.update_partition_leader(log, known.leader_for_partition(log), epoch + 1)
+        with pytest.raises(Retryable, match="have other leaders"):
+            session.poll(0.1, 1)
+
+
 def test_a_client_that_hangs_ends_the_session_in_time(
     broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
