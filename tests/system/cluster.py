@@ -18,6 +18,9 @@ from worker.messages import Message, Record
 READ_TIMEOUT: Final = 90.0
 """Seconds until a topic must have been read: longer than a transaction that was left open stays undecided."""
 
+PATIENCE: Final = 180.0
+"""Seconds for what has been sent through outages to be written, on a machine that is busy with starting a broker."""
+
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds for one answer of a broker that runs."""
 
@@ -96,7 +99,7 @@ def publish(address: str, topic: str, messages: Iterable[Message]) -> set[tuple[
             on_delivery=delivered,
         )
         producer.poll(0)
-    assert producer.flush(60) == 0, "not everything could be written"
+    assert producer.flush(PATIENCE) == 0, "not everything could be written"
     return written
 
 
