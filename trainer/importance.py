@@ -23,7 +23,7 @@ from worker.profile import Vector
 REPEATS: Final = 3
 
 MOST_WINDOWS: Final = 500
-"""Of a fold, spread over all of it: with more of them the answer is the same, and takes longer."""
+"""Of a fold, drawn from all of it: with more of them the answer is the same, and takes longer."""
 
 
 class Importance:
@@ -40,7 +40,8 @@ class Importance:
     def add(self, fold: Fold) -> None:
         """Shuffle each family among the windows of a fold, and ask its forest again."""
         rows = np.flatnonzero(fold.tested)
-        rows = rows[:: -(-len(rows) // MOST_WINDOWS)]
+        if len(rows) > MOST_WINDOWS:
+            rows = np.sort(self._random.choice(rows, MOST_WINDOWS, replace=False))
         features = self._windows.features[rows]
         intact = self._error(fold, features, rows)
         self._sizes.append(len(rows))
