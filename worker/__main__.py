@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Final
+
+from msgspec import structs
 
 from worker import telemetry
 from worker.arguments import SETTINGS, parser
@@ -41,8 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = vars(parser().parse_args(argv))
     command = COMMANDS[own.pop("command")]
     settings = {name: own.pop(name) for name in SETTINGS if name in own}
+    return _status(lambda: command(resolve(settings, os.environ), own))
+
+
+def _status(command: Callable[[], int]) -> int:
+    """Return the exit status of a command, also where it is that of an error, which is told."""
     try:
-        status = command(resolve(settings, os.environ), own)
+        status = command()
         sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except (BadModel, Fatal, Retryable) as error:
         print(f"earshot-worker: {error}", file=sys.stderr)
@@ -58,6 +66,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: Config, _: dict[str, Any]) -> int:
     stop = _stop_on_signals()  # before the imports, which take a second or two
+    if not config.model:
+        raise Fatal("no model is given: --model FOLDER, a bundle written by `earshot-trainer fit`")
+    log = telemetry.configure(config.log_format, config.log_level)
+    if config.processes == 1:
+        return _serve(config, stop, log)
+    from worker.supervisor import supervise
+
+    members = {
+        each.instance: partial(_status, partial(_serve, each, stop, log.bind(member=each.instance)))
+        for each in _members(config)
+    }
+    return supervise(members, stop, log)
+
+
+def _members(config: Config) -> list[Config]:
+    """Return the settings of each of ``config.processes`` members: names and ports of their own."""
+    if config.broker.startswith("sqlite:"):
+        raise Fatal(
+            f"--processes is {config.processes}, but the embedded broker serves one member of a group at a time, and"
+            " all others would only wait: leave --processes at 1, or use Kafka (--broker kafka://host:port)"
+        )
+    ports: Sequence[int | None] = [config.health_port] * config.processes
+    if config.health_port:
+        ports = range(config.health_port, config.health_port + config.processes)
+        if ports[-1] > 65535:
+            raise Fatal(f"--health-port {config.health_port} leaves no port for each of {config.processes} processes")
+    return [
+        structs.replace(config, processes=1, instance=f"{config.instance}-{number}", health_port=port)
+        for number, port in enumerate(ports)
+    ]
+
+
+def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
     from worker.audio import Limits
     from worker.bundle import load
     from worker.drift import DriftPolicy
@@ -66,9 +107,6 @@ def _run(config: Config, _: dict[str, Any]) -> int:
     from worker.service import Service
     from worker.states import Retention
 
-    if not config.model:
-        raise Fatal("no model is given: --model FOLDER, a bundle written by `earshot-trainer fit`")
-    log = telemetry.configure(config.log_format, config.log_level)
     bundle = load(Path(config.model))
     topics = Topics(config.topic_prefix)
     half_a_window = bundle.featurizer.spec.window_seconds / 2

@@ -163,6 +163,12 @@ def _run(commands: Any) -> None:
     _setting(run, "--instance", metavar="NAME", help="this worker's name, stable over restarts and unique in the group")
     _setting(
         run,
+        "--processes",
+        metavar="N",
+        help="members of the group to run, NAME-0 to NAME-(N-1), the health port of each the one after; Kafka only",
+    )
+    _setting(
+        run,
         "--on-lost-offset",
         metavar="stop|earliest",
         help="what to do when records were deleted before they were read",

@@ -38,6 +38,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     broker: str = "sqlite:///earshot.db"
     group: str = "earshot"
     instance: str = msgspec.field(default_factory=socket.gethostname)
+    processes: Annotated[int, Meta(ge=1, le=256)] = 1
     topic_prefix: str = ""
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     kafka_ssl_cafile: str = ""
