@@ -20,7 +20,7 @@ def test_columns_are_below_each_other() -> None:
     noise = ClassResult("noise", 3, 0.25, 1.0, 0.4, None, None, background=True)
     expected = """\
 held out: By hand.
-                          clips                windows  random split
+                            clips                windows  random split
   accuracy  87.5 % (80.0 to 92.5)  87.5 % (80.0 to 92.5)        99.0 %
 (a random split has windows of one clip on both sides: nobody will ever see its figure)
 
