@@ -41,12 +41,12 @@ MARGIN: Final = 0.5  # semitones beyond both ends, for a note that is out of tun
 TOP: Final = 0.95  # of Nyquist, beyond which resampling leaves nothing
 FLOOR_DB: Final = 100.0  # under the highest peak; the noise of 16 bits is at about this level in a spectrum
 SURROUNDINGS: Final = 12.0  # semitones of the running mean
-RISE_DB: Final = 3.0  # over the surroundings before it counts: the mean spectrum of noise stays mostly below
+RISE_DB: Final = 6.0  # over the surroundings before it counts: the mean spectrum of noise hardly reaches it
 BLUR: Final = 0.2  # semitones, standard deviation of a Gaussian: harmonics of strings are not quite harmonic
 
 # Harmonics count by their number's power of -1/2. Between them, those of the octave below are at
 # halves, those of the twelfth below at thirds; thirds count half, since there are two of them.
-HARMONICS: Final = np.arange(1.0, 9.0)
+HARMONICS: Final = np.arange(1.0, 13.0)
 BETWEEN: Final = np.concatenate([HARMONICS - 1 / 2, HARMONICS - 1 / 3, HARMONICS - 2 / 3])
 WEIGHTS: Final = HARMONICS**-0.5
 BETWEEN_WEIGHTS: Final = np.concatenate([WEIGHTS, WEIGHTS / 2, WEIGHTS / 2])

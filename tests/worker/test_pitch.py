@@ -92,19 +92,19 @@ class TestRecordedNotes:
         assert differ.sum() <= len(chosen) / 50
 
     def test_finds_the_label(self, recorded: list[Note]) -> None:
-        """On all 313 notes of six instruments, from A0 to C8, the middle estimate is a quarter semitone off at most.
+        """Of 313 notes of six instruments, from A0 to C8, one in a hundred is over three quarters of a semitone off.
 
-        One in fifty may be further off: pianos' highest strings fade within a tenth of a second.
+        Pianos' highest strings fade within a tenth of a second; and a real piano is out of tune.
         """
         estimates = features(*(FEATURIZER.windows(note.samples)[0] for note in recorded))
         off = np.abs(estimates[:, MIDDLE] - [note.midi for note in recorded])
 
         assert len(recorded) == 313
-        assert np.count_nonzero(off > 0.75) <= len(recorded) / 50
+        assert np.count_nonzero(off > 0.75) <= len(recorded) / 100
         assert np.median(off) <= 0.1
 
     def test_an_unseen_instrument(self, recorded: list[Note]) -> None:
-        """A forest that has heard other instruments only is half a semitone off on average."""
+        """A forest that has heard other instruments only is a quarter of a semitone off on average."""
         windows = [FEATURIZER.windows(note.samples) for note in recorded]
         owner = np.repeat(np.arange(len(windows)), [len(each) for each in windows])
         rows, midi = FEATURIZER.transform(np.concatenate(windows)), np.array([note.midi for note in recorded])
@@ -118,7 +118,7 @@ class TestRecordedNotes:
                 abs(values[owner[unseen] == note].mean() - midi[note]) for note in np.flatnonzero(groups == group)
             ]
 
-        assert np.mean(errors) < 0.5
+        assert np.mean(errors) < 0.25
 
 
 class TestTones:
@@ -144,7 +144,7 @@ class TestTones:
         found = features(*(tone(midi, np.array([0.0] + 11 * [1.0])) for midi in most))
 
         assert most == pytest.approx(found[:, LOWER], abs=0.15)
-        assert most[12:-3] == pytest.approx(found[12:-3, MIDDLE], abs=0.15)
+        assert most[4:57] == pytest.approx(found[4:57, MIDDLE], abs=0.15)
 
     def test_sines(self) -> None:
         """So is a tone without any harmonics, as exactly as a frame resolves it."""
@@ -236,12 +236,15 @@ class TestNoNote:
         """Where the spectrum has no peaks there is no pitch, and that has a number of its own."""
         assert np.array_equal(np.full((1, 4), NO_PITCH), features(window))
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_noise(self, seed: int) -> None:
-        """Noise has some estimate, but its strength tells: below 1 dB, where notes have 10 and more."""
-        noise = np.random.default_rng(seed).standard_normal(RATE)
+    @pytest.mark.parametrize("colour", [0, 1, 2])
+    def test_noise(self, colour: int) -> None:
+        """Noise, white, pink or brown, has no pitch, or one time in five a weak one: under 1 dB, and notes have 10."""
+        spectrum = np.random.default_rng(0).standard_normal((20, RATE // 2 + 1, 2)) @ [1, 1j]
+        slope = np.maximum(np.arange(RATE // 2 + 1), 20) ** (-colour / 2)
+        found = features(*np.fft.irfft(spectrum * slope))
 
-        assert features(0.1 * noise)[0, STRENGTH] < 1
+        assert np.count_nonzero(found[:, STRENGTH]) <= 4
+        assert found[:, STRENGTH].max() < 1
 
     @pytest.mark.parametrize(
         "window",
