@@ -136,12 +136,7 @@ def _mistakes(evaluation: Evaluation) -> list[_Chosen]:
     """Choose the worst mistakes: what was said wrong with most confidence, or was off by most."""
     if evaluation.task == "regression":
         worst = sorted(evaluation.answers, key=lambda answer: -abs(_error(answer)))[:MISTAKES]
-        return [
-            _Chosen(
-                f"{answer.truth}, said {answer.said}", f"off by {_error(answer):+.3g}{_between(answer)}", answer.name
-            )
-            for answer in worst
-        ]
+        return [_Chosen(f"{answer.truth}, said {answer.said}", _missed(answer), answer.name) for answer in worst]
     wrong = [answer for answer in evaluation.answers if answer.said != answer.truth]
     worst = sorted(wrong, key=lambda answer: -(answer.confidence or 0))[:MISTAKES]
     return [_Chosen(answer.truth, _said(answer), answer.name) for answer in worst]
@@ -157,10 +152,12 @@ def _error(answer: Answer) -> float:
     return float(answer.said) - float(answer.truth)
 
 
-def _between(answer: Answer) -> str:
+def _missed(answer: Answer) -> str:
+    error = _error(answer)
+    off = f"off by {'+' if error > 0 else ''}{wording.number(error)}"
     if answer.low is None or answer.high is None:
-        return ""
-    return f"; interval {answer.low:.3g} to {answer.high:.3g}"
+        return off
+    return f"{off}; interval {wording.number(answer.low)} to {wording.number(answer.high)}"
 
 
 def _heard(chosen: _Chosen, clip: Clip | None, sample_rate: int, seconds: float, name: str) -> Heard:

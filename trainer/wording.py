@@ -60,13 +60,18 @@ def figure(name: str, value: float) -> str:
     """Return the measure ``name`` as it is read: a percentage, or a number with about three digits."""
     if name in SHARES:
         return percent(value)
-    return f"{value:.3g}" if name in IN_UNITS else f"{value:.3f}"
+    return number(value) if name in IN_UNITS else f"{value:.3f}"
 
 
 def interval(name: str, measure: Measure) -> str:
     """Return the 95 % interval of the measure ``name``; the sign of a percentage stands before it."""
     low, high = (figure(name, value).removesuffix(" %") for value in (measure.low, measure.high))
     return f"{low} to {high}"
+
+
+def number(value: float) -> str:
+    """Return a number to three digits at least, and without an exponent unless it is tiny."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def percent(share: float, decimals: int = 1) -> str:

@@ -64,7 +64,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The report of a real classifier, of a real regressor, and one of names that are too long."""
     if shutil.which(CHROMIUM) is None:
         missing("there is no chromium")
-    out = tmp_path_factory.mktemp("reports") / request.param
+    out: Path = tmp_path_factory.mktemp("reports") / request.param
     data: Path = request.getfixturevalue("machines" if request.param == "wide" else request.param)
     if request.param == "wide":
         out.mkdir()
@@ -94,7 +94,8 @@ def look(browser: Browser, file: Path) -> Iterator[Callable[..., Opened]]:
     def opened(width: int, **settings: Any) -> Opened:
         context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, **settings)
         contexts.append(context)
-        page, found = context.new_page(), Opened(context.pages[0], [], [])
+        page = context.new_page()
+        found = Opened(page, [], [])
         page.set_default_timeout(60_000)
 
         def noted(request: Request) -> None:

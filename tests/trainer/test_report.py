@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -173,6 +176,7 @@ class TestContent:
         mistakes = text[text.index('<section id="mistakes">') :]
         assert mistakes.index(clips[1]) < mistakes.index(clips[2]) < mistakes.index(clips[0])
         assert "off by -100; interval 850 to 950" in mistakes
+        assert "off by +50<" in mistakes
 
     def test_what_there_is_not_is_not_shown(self, found: Findings) -> None:
         """No search, importances, calibration, answers or survey: still a page, and no link into nowhere."""
@@ -259,6 +263,17 @@ class TestOneFile:
         )
         assert [] == page.all("audio")
         assert "This clip can no longer be read." in page.text
+
+
+class TestInstalled:
+    def test_the_wheel_has_the_templates(self, tmp_path: Path) -> None:
+        """Whoever installs the package gets the page with it."""
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+        subprocess.run(build, cwd=TEMPLATES.parents[1], check=True, capture_output=True)
+        (wheel,) = tmp_path.glob("*.whl")
+        names = {f"trainer/templates/{path.name}" for path in TEMPLATES.iterdir()}
+        assert 3 <= len(names)
+        assert names <= set(zipfile.ZipFile(wheel).namelist())
 
 
 class TestForEverybody:
