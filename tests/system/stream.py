@@ -71,7 +71,7 @@ def _source(clips: Sequence[Path], number: int, seconds: int, seed: int) -> Iter
     drifts = [_DRIFTS[number % 4].format(seconds // 2)] if number % 4 < len(_DRIFTS) else []
     needed = -(-seconds // max(1, int(soundfile.info(order[0]).duration)))
     return play.chunks(
-        list(islice(cycle(order), needed + 1)),
+        list(islice(cycle(order), 2 * needed)),  # some are shorter than the first
         topic="",
         source=f"mic-{number}",
         chunk_seconds=1.0,
