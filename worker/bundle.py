@@ -207,6 +207,7 @@ def write(
         **manifest,
     )
     contents[MANIFEST] = msgspec.json.format(msgspec.json.encode(complete)) + b"\n"
+    complete = msgspec.json.decode(contents[MANIFEST], type=Manifest)  # as whoever loads it will see it
     contents |= {name: text.encode() for name, text in documents(complete).items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

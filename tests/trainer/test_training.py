@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import msgspec
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from sklearn.ensemble import RandomForestClassifier
 
 from tests.system.processes import run
 from trainer import calibration
+from trainer.augmentation import read_augmentation
 from trainer.dataset import Dataset, data_hash, load
+from trainer.documents import kept
 from trainer.evaluation import cross_fitted, of_scores
 from trainer.extract import featurize
 from trainer.holdout import folds, held_out, truth_of
 from trainer.reference import reference_profile
+from trainer.results import Candidate, Search
 from trainer.splits import splits
 from trainer.training import GOLDEN_CLIPS, Fitted, fit
 from worker import bundle
@@ -140,7 +144,7 @@ class TestReproducibility:
         monkeypatch.setenv("PYTHONHASHSEED", "1")
         other = tmp_path / "elsewhere"
         run("earshot-trainer", "fit", machines, "--out", other, "--name", "machines", "--trees", "20", "--jobs", "1")
-        for name in bundle.FILES:
+        for name in (*bundle.FILES, bundle.EVALUATION):
             assert (machine_bundle / name).read_bytes() == (other / name).read_bytes(), name
         first, second = manifest_of(machine_bundle), manifest_of(other)
         assert first.pop("created") != second.pop("created")
@@ -318,6 +322,46 @@ class TestBundle:
         assert (1.0, 1.0) == (manifest.metrics["accuracy"], manifest.metrics["window_macro_f1"])
         assert set(bundle.VERSIONED) == set(manifest.versions)
         assert manifest == bundle.load(tmp_path / "out").manifest
+
+    def test_documents_lie_beside_the_model(self, tones: Path, tmp_path: Path) -> None:
+        """The card in words, everything as data, and the report if it is asked for; clips are known again by them."""
+        told = trained(tones, tmp_path / "out", report=True).evaluation
+        assert {bundle.MANIFEST, *bundle.FILES, *bundle.DOCUMENTS} == {
+            each.name for each in (tmp_path / "out").iterdir()
+        }
+        remembered = kept(tmp_path / "out")
+        assert told == remembered.evaluation
+        assert {clip.name: clip.sha256 for clip in load(tones).clips} == remembered.clips
+        assert (tmp_path / "out" / bundle.CARD).read_text().startswith("# ")
+        assert "<html" in (tmp_path / "out" / bundle.REPORT).read_text()
+        trained(tones, tmp_path / "out")
+        assert not (tmp_path / "out" / bundle.REPORT).exists(), "a report of another training would lie"
+
+    def test_the_search_is_told_without_its_seconds(self, tones: Path, tmp_path: Path) -> None:
+        """What a search took differs from run to run, and must make no other model."""
+        hashes = set()
+        for seconds in (1.0, 2.0):
+            best = {"n_estimators": 5}
+            search = Search(
+                strategy="grid",
+                scoring="accuracy",
+                candidates=(Candidate(best, 1.0, 0.0, seconds),),
+                best=best,
+                held_out={},
+            )
+            manifest = trained(tones, tmp_path / "out", search=search).manifest
+            hashes.add(bundle.model_hash(manifest))
+            assert {"strategy": "grid", "scoring": "accuracy", "candidates": 1, "best": best} == manifest.search
+        assert 1 == len(hashes)
+
+    def test_copies_are_trained_on_and_do_not_count(self, tones: Path, tmp_path: Path) -> None:
+        """Held-out figures, the profile and the count of windows are of clips as they were recorded."""
+        augmentation = read_augmentation("gain=-6:6,copies=3")
+        fitted = trained(tones, tmp_path / "out", augmentation=augmentation)
+        assert (20, 20) == (fitted.manifest.windows, len(fitted.evaluation.answers))
+        assert {"gain": [-6.0, 6.0], "copies": 3} == fitted.manifest.augmentation
+        forest = joblib.load(tmp_path / "out" / bundle.FOREST)
+        assert 80 == forest.estimators_[0].tree_.weighted_n_node_samples[0]
 
     def test_golden_clips_cover_the_classes(self, machine_bundle: Path, machines: Path) -> None:
         """Each class has the beginning of its first clip, to the bit, and more than one window of it."""

@@ -19,13 +19,16 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.dataset import load
+from trainer.training import fit
 from worker import audio, bundle, play
 from worker.audio import Limits
 from worker.calibration import TemperatureScaling
 from worker.drift import DriftPolicy
 from worker.errors import Fatal
-from worker.features import COMPACT, FeatureSpec
+from worker.features import COMPACT, FeatureSpec, feature_spec
 from worker.forest import Forest
+from worker.hearing import Heard, Hearing
 from worker.messages import Classification, DriftDetected, Message, Record, Regression, RetrainRequested, Topics
 from worker.pipeline import Batch, Pipeline, Restored, States
 from worker.states import Retention
@@ -582,3 +585,20 @@ def test_a_regressor_says_a_value_and_an_interval(rpm_bundle: Path) -> None:
     assert 1200 <= prediction.value <= 3600
     assert prediction.spread > 0
     assert prediction.low < prediction.value < prediction.high
+
+
+def test_a_model_that_levels_watches_how_much(machines: Path, tmp_path: Path) -> None:
+    """A stream that is 12 dB quieter gets the same answers; what tells of it is the gain, and no feature."""
+    fit(load(machines), tmp_path / "levelled", spec=feature_spec("article", level_dbfs=-23.0), trees=5)
+    model = bundle.load(tmp_path / "levelled")
+    hearing = Hearing(model, Limits())
+    sounds = [noise(1.0), noise(1.0) * np.float32(0.25)]
+    heard = [each for _, each in hearing.hear([record(wav(sound), offset=n) for n, sound in enumerate(sounds)])]
+    loud, quiet = (each for each in heard if isinstance(each, Heard))
+    assert isinstance(loud.prediction, Classification)
+    assert isinstance(quiet.prediction, Classification)
+    assert loud.prediction.probabilities == pytest.approx(quiet.prediction.probabilities, abs=0.01)
+    *others, gain = (quiet.signals - loud.signals).tolist()
+    assert "level.gain" == model.profile.names[-1]
+    assert 20 * np.log10(4) == pytest.approx(gain * model.profile.signals[-1].spread, abs=0.01)
+    assert max(map(abs, others)) < 0.05
