@@ -107,7 +107,7 @@ def html(findings: Findings) -> str:
         confusion=tables.confusion(evaluation) if classification else None,
         confused=tables.most_confused(evaluation, 10) if classification else [],
         heat_map=tables.heat_map(findings.search) if findings.search else None,
-        candidates=sorted(findings.search.candidates, key=lambda each: -each.score) if findings.search else [],
+        candidates=findings.search.candidates if findings.search else (),
     )
 
 

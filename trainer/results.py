@@ -133,7 +133,10 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """A hyper-parameter search; ``held_out`` are the measures of the best one on clips that the search never saw."""
+    """A hyper-parameter search: ``candidates`` from the best to the worst by ``scoring``, accuracy or mae.
+
+    ``held_out`` are the measures of the best one on clips that the search never saw.
+    """
 
     strategy: Literal["grid", "random", "halving"]
     scoring: str

@@ -98,9 +98,10 @@ def heat_map(search: Search) -> Table | None:
         [_best(search.candidates, {down: row, across: column}) for column in values[across]] for row in values[down]
     ]
     low, high = np.nanmin(scores), np.nanmax(scores)
+    worst = high if search.scoring == "mae" else low
 
     def cell(score: float) -> Cell:
-        return Cell("", 0.0) if np.isnan(score) else Cell(f"{score:.3f}", (score - low) / max(high - low, 1e-9))
+        return Cell("", 0.0) if np.isnan(score) else Cell(f"{score:.3f}", abs(score - worst) / max(high - low, 1e-9))
 
     return Table(
         across,
@@ -130,9 +131,10 @@ def _values(candidates: Iterable[Candidate], name: str) -> list[Any]:
 
 
 def _best(candidates: Sequence[Candidate], wanted: dict[str, Any]) -> float:
-    scores = [
+    """Return the score of the first that fits: candidates stand best first, whether more is better or less."""
+    scores = (
         each.score
         for each in candidates
         if all(name in each.parameters and each.parameters[name] == value for name, value in wanted.items())
-    ]
-    return max(scores, default=float("nan"))
+    )
+    return next(scores, float("nan"))

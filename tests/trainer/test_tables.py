@@ -26,12 +26,13 @@ def evaluated(matrix: list[list[int]]) -> Evaluation:
     )
 
 
-def searched(scores: list[tuple[dict[str, Any], float]]) -> Search:
-    """A search with these candidates."""
+def searched(scores: list[tuple[dict[str, Any], float]], scoring: str = "accuracy") -> Search:
+    """A search with these candidates, which stand best first."""
+    ordered = sorted(scores, key=lambda each: each[1], reverse=scoring == "accuracy")
     return Search(
         strategy="grid",
-        scoring="accuracy",
-        candidates=tuple(Candidate(parameters, score, 0.0, 1.0) for parameters, score in scores),
+        scoring=scoring,
+        candidates=tuple(Candidate(parameters, score, 0.0, 1.0) for parameters, score in ordered),
         best={},
         held_out={},
     )
@@ -78,6 +79,17 @@ class TestHeatMap:
         assert ["5", "none"] == [name for name, _ in table.rows]
         assert [["-0.010", "0.090"], ["0.190", "0.290"]] == [[cell.text for cell in cells] for _, cells in table.rows]
         assert [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0] == [
+            cell.weight for _, cells in table.rows for cell in cells
+        ]
+
+    def test_of_errors_the_smallest_is_best(self) -> None:
+        """A pair of values is worth its smallest error, and the smallest error has the strongest colour."""
+        scores = [({"a": a, "b": b, "c": c}, float(a + b + c)) for a in (1, 2) for b in (1, 3) for c in (0, 0.5)]
+        table = tables.heat_map(searched(scores, "mae"))
+        assert table is not None
+        assert ("b", "a") == (table.down, table.across)
+        assert [["2.000", "3.000"], ["4.000", "5.000"]] == [[cell.text for cell in cells] for _, cells in table.rows]
+        assert [1.0, pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0] == [
             cell.weight for _, cells in table.rows for cell in cells
         ]
 
