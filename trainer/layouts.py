@@ -70,11 +70,12 @@ def from_folders(data: Path, label: str, group: str | None = None) -> list[Liste
             f"{data} holds no clips; expected a folder for each class with sounds in it "
             f"({', '.join(sorted(SUFFIXES))}), or a manifest ({', '.join(MANIFESTS)})"
         )
-    names = [path.relative_to(data) for path in paths]
-    return [
-        Listed(path, name.as_posix(), name.parts[0], name.as_posix(), None, 0.0, None, str(path))
-        for path, name in zip(paths, names, strict=True)
-    ]
+    listed = []
+    for path in paths:
+        # A name on a disk need not be UTF-8; a name in a manifest, a report or a prediction must be.
+        name = path.relative_to(data).as_posix().encode(errors="backslashreplace").decode()
+        listed.append(Listed(path, name, name.partition("/")[0], name, None, 0.0, None, str(path)))
+    return listed
 
 
 def from_csv(manifest: Path, label: str, group: str | None = None) -> tuple[str, list[Listed]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +75,17 @@ class TestFolders:
             (clip.name, clip.label) for clip in dataset.clips
         ]
         assert [clip.name for clip in dataset.clips] == [clip.group for clip in dataset.clips]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    def test_a_name_that_is_not_utf8_becomes_one_that_is(self, tmp_path: Path) -> None:
+        """What a disk calls a folder has to be written in manifests and predictions, and hashed."""
+        write_sound(tmp_path / os.fsdecode(b"br\xe9ve") / "a.wav")
+
+        dataset = load(tmp_path)
+
+        assert [("br\\xe9ve", "br\\xe9ve/a.wav")] == [(clip.label, clip.name) for clip in dataset.clips]
+        assert dataset.clips[0].path.is_file()
+        assert 64 == len(data_hash(dataset))
 
     def test_folder_names_are_classes_even_if_they_are_numbers(self, tmp_path: Path) -> None:
         """A folder per class is classification, unless the task says otherwise."""
