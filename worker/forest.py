@@ -18,21 +18,20 @@ Three things make the result equal to scikit-learn's bit by bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor, RandomForestClassifier, RandomForestRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
+from worker.compiled import compiled
 from worker.errors import BadModel
 
 Matrix = NDArray[np.float64]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 SUPPORTED: Final = (RandomForestClassifier, ExtraTreesClassifier, RandomForestRegressor, ExtraTreesRegressor)
 
@@ -179,15 +178,6 @@ class Forest:
         return np.hstack([features, np.where(np.isnan(features), np.float32(-np.inf), features)]), nodes
 
 
-def _compiled(function: Function) -> Function:
-    """Compile at the first call, and keep the machine code for the next process where there is a place for it."""
-    try:
-        return cast("Function", njit(cache=True, nogil=True)(function))
-    except RuntimeError:
-        # Neither the package's folder nor the user's cache can be written to: compile in every process.
-        return cast("Function", njit(nogil=True)(function))
-
-
 def _shared(leaves: Matrix) -> tuple[NDArray[np.intp], Matrix]:
     """Return which row of fewer values belongs to each leaf of a classifier, and these values."""
     n_classes = leaves.shape[1]
@@ -223,7 +213,7 @@ def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
     return np.nextafter(nearest, np.float32(-np.inf), out=nearest, where=nearest > thresholds)
 
 
-@_compiled
+@compiled
 def _are_finite(features: NDArray[np.float32]) -> bool:
     finite = True
     for x in features.reshape(-1):
@@ -231,7 +221,7 @@ def _are_finite(features: NDArray[np.float32]) -> bool:
     return finite
 
 
-@_compiled
+@compiled
 def _predict(
     nodes: NDArray[np.void], roots: NDArray[np.uint32], values: Matrix, n_certain: int, features: NDArray[np.float32]
 ) -> tuple[Matrix, NDArray[np.uint32]]:
@@ -257,7 +247,7 @@ def _predict(
     return sums, leaves
 
 
-@_compiled
+@compiled
 def _walk(
     nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32], leaves: NDArray[np.uint32]
 ) -> None:
@@ -291,7 +281,7 @@ def _walk(
                     walk += 1
 
 
-@_compiled
+@compiled
 def _step(
     nodes: NDArray[np.void],
     features: NDArray[np.float32],
@@ -312,7 +302,7 @@ def _step(
     return kept
 
 
-@_compiled
+@compiled
 def _spreads(values: Matrix, leaves: NDArray[np.uint32], means: Matrix) -> Matrix:
     """Return the population standard deviation over the trees of the first value, of shape (n,)."""
     n_rows, n_trees = leaves.shape
