@@ -83,7 +83,7 @@ class TestFolders:
 
         dataset = load(tmp_path)
 
-        assert [("br\\xe9ve", "br\\xe9ve/a.wav")] == [(clip.label, clip.name) for clip in dataset.clips]
+        assert [(r"br\udce9ve", r"br\udce9ve/a.wav")] == [(clip.label, clip.name) for clip in dataset.clips]
         assert dataset.clips[0].path.is_file()
         assert 64 == len(data_hash(dataset))
 
