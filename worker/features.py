@@ -37,8 +37,7 @@ contrast it is 84 %."""
 
 RICH: Final = FrameStatistics(
     name="rich",
-    n_fft=2048,
-    win_length=2048,
+    hop_length=256,
     n_mels=64,
     families=("mel", "mfcc", "centroid", "bandwidth", "rolloff", "flatness", "contrast", "zcr", "rms"),
     statistics=(
@@ -47,7 +46,7 @@ RICH: Final = FrameStatistics(
     ),
     trim_db=60.0,
 )
-RHYTHM: Final = RhythmSet(name="rhythm", n_fft=2048, win_length=2048, n_mels=64)
+RHYTHM: Final = RhythmSet(name="rhythm", hop_length=256, n_mels=64)
 
 PITCH: Final = PitchSet()
 """Which note is played, and how clearly (4 features), for a regression of pitch: a forest is 0.1

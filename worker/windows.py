@@ -9,22 +9,17 @@ depend on what else is in a batch, or on a number of threads.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import scipy.fft
-import scipy.signal
+
+from worker.fourier import magnitudes
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 Floats = npt.NDArray[np.float32]
 Waveform = npt.NDArray[np.float32] | npt.NDArray[np.int16]
-
-FRAMES_AT_ONCE: Final = 16
-"""Transformed together: what they need stays in the cache, and is small enough for the allocator
-to keep. With all frames of a window of 44,100 samples it took three times as long."""
 
 
 class Stft(NamedTuple):
@@ -61,24 +56,20 @@ class Window:
 
         Without ``center``, a waveform shorter than n_fft is filled up with zeros at its end.
         """
+        return np.lib.stride_tricks.sliding_window_view(self._padded(stft), stft.n_fft)[:: stft.hop_length]
+
+    def _padded(self, stft: Stft) -> Floats:
         padded = np.zeros(max(self.samples.size + 2 * stft.margin, stft.n_fft), dtype=np.float32)
         padded[stft.margin : stft.margin + self.samples.size] = self.samples
-        return np.lib.stride_tricks.sliding_window_view(padded, stft.n_fft)[:: stft.hop_length]
+        return padded
 
     def magnitude(self, stft: Stft) -> Floats:
         """Return the magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist.
 
-        Computed once for equal settings, as librosa does: weighted and transformed in float64,
-        then rounded to complex64.
+        Computed once for equal settings, and as librosa does: in float64, then rounded to float32.
         """
         if stft not in self._magnitudes:
-            framed, hann = self.framed(stft), _hann(stft.n_fft, stft.win_length)
-            magnitudes = np.empty((stft.n_fft // 2 + 1, len(framed)), dtype=np.float32)
-            for first in range(0, len(framed), FRAMES_AT_ONCE):
-                frames = slice(first, first + FRAMES_AT_ONCE)
-                spectrum = scipy.fft.rfft(framed[frames] * hann, axis=-1).astype(np.complex64)
-                magnitudes[:, frames] = np.abs(spectrum).T
-            self._magnitudes[stft] = magnitudes
+            self._magnitudes[stft] = magnitudes(self._padded(stft), stft.n_fft, stft.hop_length, stft.win_length)
         return self._magnitudes[stft]
 
 
@@ -155,11 +146,3 @@ def as_float32(waveform: Waveform) -> Floats:
 def are_names(names: tuple[str, ...], known: tuple[str, ...]) -> bool:
     """Return whether ``names`` are one or more of ``known``, each once."""
     return len(names) > 0 and len(set(names)) == len(names) and set(names) <= set(known)
-
-
-@lru_cache(maxsize=16)
-def _hann(n_fft: int, win_length: int) -> Array:
-    left = (n_fft - win_length) // 2
-    window = np.zeros(n_fft)
-    window[left : left + win_length] = scipy.signal.get_window("hann", win_length, fftbins=True)
-    return window

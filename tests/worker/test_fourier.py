@@ -1,0 +1,56 @@
+"""The transform against scipy's, in float64, for every length and number of frames that matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.fft
+import scipy.signal
+
+from worker.fourier import LANES, magnitudes
+
+Array = npt.NDArray[Any]
+
+
+def noise(samples: int) -> Array:
+    return (0.1 * np.random.default_rng(samples).standard_normal(samples)).astype(np.float32)
+
+
+def expected(padded: Array, n_fft: int, hop_length: int, win_length: int) -> Any:
+    left = (n_fft - win_length) // 2
+    window = np.zeros(n_fft)
+    window[left : left + win_length] = scipy.signal.get_window("hann", win_length)
+    framed = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
+    return np.abs(scipy.fft.rfft(framed * window, axis=-1)).T
+
+
+@pytest.mark.parametrize("n_fft", [2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 3, 100, 441, 1201])
+def test_magnitudes_are_scipys(n_fft: int) -> None:
+    """Each power of two, with and without a last step by two, and what is none, to the rounding of float32."""
+    for win_length in {n_fft, max(1, n_fft * 2 // 3)}:
+        padded = noise(3 * n_fft + 7)
+        hop_length = max(1, n_fft // 4)
+        found = magnitudes(padded, n_fft, hop_length, win_length)
+        reference = expected(padded, n_fft, hop_length, win_length)
+        assert np.float32 == found.dtype
+        np.testing.assert_allclose(found, reference, rtol=2e-7, atol=2e-7 * max(1e-30, reference.max() * 1e-6))
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 7, LANES - 1, LANES, LANES + 1, 2 * LANES, 2 * LANES + 5])
+def test_a_frame_does_not_depend_on_how_many_there_are(n_frames: int) -> None:
+    """The bits of a frame are those that it has alone."""
+    padded = noise(64 + 16 * (n_frames - 1))
+    together = magnitudes(padded, 64, 16, 64)
+    alone = [magnitudes(padded[16 * t : 16 * t + 64], 64, 16, 64)[:, 0] for t in range(n_frames)]
+    assert np.stack(alone, axis=1).tobytes() == together.tobytes()
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-40, 1e-20, float(2**20)])
+def test_extremes_stay_finite(level: float) -> None:
+    """Silence, denormals and the loudest sound that is heard neither overflow nor turn into NaN."""
+    padded = np.full(5000, level, dtype=np.float32) * np.sign(noise(5000))
+    found = magnitudes(padded, 2048, 512, 2048)
+    np.testing.assert_allclose(found, expected(padded, 2048, 512, 2048), rtol=1e-6, atol=1e-16)
