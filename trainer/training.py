@@ -148,9 +148,9 @@ def fit(
             search=search,
             skipped=tuple(windows.skipped),
         )
-        on_progress("writing", 0, 1)
+        on_progress("writing what was found", 0, 1)
         found = documents(findings, with_report=report)
-        on_progress("writing", 1, 1)
+        on_progress("writing what was found", 1, 1)
         return found
 
     manifest = bundle.write(

@@ -388,7 +388,8 @@ class TestBundle:
         """Each stage counts up to its end, one after the other."""
         told: dict[str, list[tuple[int, int]]] = {}
         trained(tones, tmp_path / "out", on_progress=lambda stage, *counts: told.setdefault(stage, []).append(counts))
-        assert ["listening to the clips", "testing on held-out clips", "fitting the forest"] == list(told)
+        stages = ["surveying the clips", "listening to the clips", "testing on held-out clips", "fitting the forest"]
+        assert [*stages, "writing what was found"] == list(told)
         for counts in told.values():
             assert sorted(counts) == counts
             assert counts[-1][0] == counts[-1][1]
