@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "messages", "audio"),
+    *("errors", "messages", "wav", "audio"),
     *("compiled", "fourier", "windows", "frames", "statistics", "rhythm", "pitch", "features", "forest"),
     *("profile", "calibration", "golden", "drift", "states", "bundle"),
     *("hearing", "pipeline"),

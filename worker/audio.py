@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import sys
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -24,6 +23,7 @@ import soxr
 from numpy.typing import NDArray
 
 from worker.errors import BadRecord, Reason
+from worker.wav import PlainWav, plain_wav
 
 MIN_RATE: Final = 1_000  # slow vibration sensors; below it nothing is left of a spectrum worth calling sound
 MAX_RATE: Final = 384_000  # the fastest common converters, used for bats and ultrasonic leak detection
@@ -46,24 +46,6 @@ _CONTAINERS: Final = {
     "audio/ogg": "OGG",
     "application/ogg": "OGG",
 }
-_WAV_ENCODINGS: Final[dict[tuple[int, int], tuple[np.dtype[Any], float, float]]] = {
-    (1, 8): (np.dtype("u1"), 128.0, 2.0**-7),
-    (1, 16): (np.dtype("<i2"), 0.0, 2.0**-15),
-    (1, 24): (np.dtype("<i4"), 0.0, 2.0**-31),  # once `_widened`
-    (1, 32): (np.dtype("<i4"), 0.0, 2.0**-31),
-    (3, 32): (np.dtype("<f4"), 0.0, 1.0),
-    (3, 64): (np.dtype("<f8"), 0.0, 1.0),
-}
-"""By format tag and bits: how samples are stored, what silence is, and what one step is of full scale."""
-
-_CHUNK: Final = struct.Struct("<4sI")  # of a WAV: its name, and how many bytes follow
-_FORMAT: Final = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes a second, bytes a frame, bits a sample
-_WAV_EXTENSIBLE: Final = 0xFFFE
-_WAV_SUBFORMAT: Final = bytes.fromhex("000000001000800000aa00389b71")
-"""What follows the format tag in the identifier of an extensible WAV's encoding."""
-
-_OTHER_CODECS: Final = frozenset({b"OggS", b"wvpk"})  # where samples should begin
-
 _PCM_FORMATS: Final[dict[str, np.dtype[Any]]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _L16: Final[np.dtype[Any]] = np.dtype(">i2")  # RFC 2586: network byte order
 _HOW_TO_DECLARE: Final = (
@@ -86,16 +68,6 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 UNLIMITED: Final = Limits(max_bytes=sys.maxsize, max_seconds=math.inf)
-
-
-class _PlainWav(NamedTuple):
-    """The samples of a WAV as they are stored, and what it takes to read them."""
-
-    stored: memoryview
-    encoding: tuple[int, int]
-    rate: int
-    channels: int
-    frames: int
 
 
 class Sound(msgspec.Struct, frozen=True, eq=False):
@@ -169,9 +141,9 @@ def from_container(data: bytes, limits: Limits = UNLIMITED) -> Sound:
     missing = _missing_bytes(data)
     if missing > 0:
         raise BadRecord("undecodable", f"cut off: {missing} bytes of the container are missing after {len(data)}")
-    plain = _plain_wav(data)
-    if plain is not None:
-        return _from_plain_wav(plain, limits)
+    wav = plain_wav(data)
+    if wav is not None and MIN_RATE <= wav.rate <= MAX_RATE and wav.channels <= MAX_CHANNELS:
+        return _from_plain_wav(wav, limits)
     try:
         with _ForwardReader(io.BytesIO(data)) as reader:
             return _read(reader, limits)
@@ -234,83 +206,9 @@ def _read(reader: _ForwardReader, limits: Limits) -> Sound:
     return _sound(np.concatenate(blocks), rate)
 
 
-def _plain_wav(data: bytes) -> _PlainWav | None:
-    """Find the samples of an ordinary WAV; what is not ordinary in any way is None, and a case for libsndfile.
-
-    Ordinary is one format, then one stretch of samples, and besides them nothing but remarks; and
-    integers or floats of whole bytes, at a rate and with channels that can be used. A data chunk
-    that claims more than there is was written into a pipe, and ends with the bytes.
-    """
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return None
-    shape: tuple[tuple[int, int], int, int, int] | None = None
-    found: _PlainWav | None = None
-    position = 12
-    while position < len(data):
-        if len(data) - position < 8:
-            return None
-        name, size = _CHUNK.unpack_from(data, position)
-        start = position + 8
-        left = len(data) - start
-        if name == b"data" and shape is not None and found is None:
-            if size == 0 or data[start : start + 4] in _OTHER_CODECS:
-                return None  # nothing, or all that follows, or another codec in disguise: libsndfile knows
-            size = min(size, left)
-            encoding, rate, channels, frame_size = shape
-            frames = size // frame_size
-            found = _PlainWav(memoryview(data)[start : start + frames * frame_size], encoding, rate, channels, frames)
-        elif name == b"fmt " and shape is None and 16 <= size <= left:
-            shape = _wav_format(data[start : start + size])
-            if shape is None:
-                return None
-        elif size > left or not _is_remark(name, data[start : start + size], shape[2] if shape else 0):
-            return None
-        position = start + size + size % 2  # chunks start at even positions
-    return found
-
-
-def _is_remark(name: bytes, body: bytes, channels: int) -> bool:
-    """Whether a chunk changes nothing of the samples, and is as it should be: libsndfile minds if it is not.
-
-    These are the ones that encoders write: padding, the number of samples, where each channel is loudest (once
-    the channels are known), and texts on who made them.
-    """
-    if name == b"LIST" and body[:4] == b"INFO":
-        position = 4
-        while len(body) - position >= 8:
-            text, size = _CHUNK.unpack_from(body, position)
-            if not (text.isalnum() and text[:1] == b"I"):
-                return False
-            position += 8 + size + size % 2
-        return position == len(body)
-    if name == b"PEAK":
-        return channels > 0 and len(body) == 8 + 8 * channels
-    return name == b"JUNK" or (name == b"fact" and len(body) == 4)
-
-
-def _wav_format(chunk: bytes) -> tuple[tuple[int, int], int, int, int] | None:
-    """Return encoding, rate, channels and the bytes of a frame, if all of it can be used and fits together."""
-    tag, channels, rate, _, frame_size, bits = _FORMAT.unpack_from(chunk)
-    if tag == _WAV_EXTENSIBLE:
-        if len(chunk) != 40 or chunk[26:] != _WAV_SUBFORMAT or int.from_bytes(chunk[18:20], "little") != bits:
-            return None
-        tag = int.from_bytes(chunk[24:26], "little")
-    usable = (tag, bits) in _WAV_ENCODINGS and MIN_RATE <= rate <= MAX_RATE and 1 <= channels <= MAX_CHANNELS
-    return ((tag, bits), rate, channels, frame_size) if usable and frame_size == channels * bits // 8 else None
-
-
-def _from_plain_wav(wav: _PlainWav, limits: Limits) -> Sound:
+def _from_plain_wav(wav: PlainWav, limits: Limits) -> Sound:
     _check_length(wav.frames, wav.rate, wav.channels, limits)
-    dtype, silence, step = _WAV_ENCODINGS[wav.encoding]
-    stored = _widened(wav.stored) if wav.encoding[1] == 24 else np.frombuffer(wav.stored, dtype)
-    return _sound(_mono_floats(stored, wav.channels, silence, step), wav.rate)
-
-
-def _widened(stored: memoryview) -> NDArray[np.int32]:
-    """Return samples of 24 bits as the upper three quarters of 32."""
-    # Four bytes from every third one on, the lowest of which belongs to the sample before.
-    overlapping = np.ndarray(len(stored) // 3, np.dtype("<i4"), b"\0" + stored, strides=(3,))
-    return overlapping & ~0xFF
+    return _sound(_mono_floats(wav.samples(), wav.channels, wav.silence, wav.step), wav.rate)
 
 
 def _mono_floats(stored: NDArray[Any], channels: int, silence: float, step: float) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from worker import audio
 from worker.audio import Limits, Sound
 from worker.errors import BadRecord
+from worker.wav import plain_wav
 
 LIMITS = Limits()
 RNG = np.random.default_rng(7)
@@ -527,7 +528,7 @@ class TestPlainWav:
     def outcome(self, data: bytes, *, plain: bool) -> tuple[object, ...]:
         with pytest.MonkeyPatch.context() as patch:
             if not plain:
-                patch.setattr(audio, "_plain_wav", lambda _: None)
+                patch.setattr(audio, "plain_wav", lambda _: None)
             try:
                 sound = audio.decode(data, "audio/wav", LIMITS)
             except BadRecord as error:
@@ -566,7 +567,7 @@ class TestPlainWav:
         del bits
         data = encode(RNG.uniform(-1, 1, (4_001, channels)), 16_000, container, subtype)
 
-        assert audio._plain_wav(data) is not None
+        assert plain_wav(data) is not None
         assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
 
     def test_real_clips(self, esc10: Path) -> None:
@@ -575,7 +576,7 @@ class TestPlainWav:
             samples, rate = soundfile.read(clip)
             for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"):
                 data = encode(samples, rate, "WAV", subtype)
-                assert audio._plain_wav(data) is not None
+                assert plain_wav(data) is not None
                 assert self.outcome(data, plain=False) == self.outcome(data, plain=True)
 
     @pytest.mark.parametrize("subtype", ["ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"])
@@ -583,7 +584,7 @@ class TestPlainWav:
         """Compressed WAVs are none of this, and decode all the same."""
         data = encode(tone(), 16_000, "WAV", subtype)
 
-        assert audio._plain_wav(data) is None
+        assert plain_wav(data) is None
         assert audio.decode(data, None, LIMITS).samples.size >= 16_000
 
 
