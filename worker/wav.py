@@ -1,7 +1,7 @@
 """Ordinary WAVs: from bytes to where the samples are and how they are stored, with nothing decoded.
 
 Owns the walk over the chunks of a RIFF file, and what of it is ordinary; it must not know limits,
-channels' mixing, or what becomes of a WAV that is not ordinary: that is for libsndfile to say.
+how channels are mixed, or what becomes of a WAV that is not ordinary: that is for libsndfile to say.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def plain_wav(data: bytes) -> PlainWav | None:
     """Find the samples of an ordinary WAV; what is not ordinary in any way is None, and a case for libsndfile.
 
     Ordinary is one format, integers or floats of whole bytes; then one stretch of samples; and
-    besides them nothing but remarks. A data chunk
-    that claims more than there is was written into a pipe, and ends with the bytes.
+    besides them nothing but remarks. A data chunk that claims more than there is was written into
+    a pipe, and ends with the bytes.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return None
