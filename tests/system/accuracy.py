@@ -56,7 +56,14 @@ class Mark(NamedTuple):
 MARKS: Final = (
     Mark("ESC-10, official folds, clips", "esc10", CLIPS, "clip", "accuracy", 0.905, 0.92, at_least=True),
     Mark(
-        "ESC-10, official folds, single windows of 1 s", "esc10", ESC10, "window", "accuracy", 0.82, 0.84, at_least=True
+        "ESC-10, official folds, single windows of 1 s",
+        "esc10",
+        WINDOWS,
+        "window",
+        "accuracy",
+        0.82,
+        0.84,
+        at_least=True,
     ),
     Mark(
         "notes, grouped by instrument and pitch",
