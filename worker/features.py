@@ -47,6 +47,10 @@ RICH: Final = FrameStatistics(
     trim_db=60.0,
 )
 RHYTHM: Final = RhythmSet(name="rhythm", hop_length=256, n_mels=64)
+"""Together they are the set "rich", 1,196 features of a second at 16 kHz: for forests of hundreds of extra-trees and
+windows as long as a whole sound. Of whole ESC-10 clips at 22.05 kHz, levelled to -23 dBFS, 500 trees name 90.5 %
+(two seeds; 90.9 % if each split looks at a tenth of the features). Without the skewness and what changes from frame
+to frame it is 89.2 %. Windows of a second are better not levelled: how loud they are in a clip tells something."""
 
 PITCH: Final = PitchSet()
 """Which note is played, and how clearly (4 features), for a regression of pitch: a forest is 0.1
