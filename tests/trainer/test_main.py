@@ -223,7 +223,12 @@ class TestCommands:
                 write_tone(data / "audio" / name, (400.0, 3000.0)[target], number)
                 writer.writerow([name, fold, target, ("cow", "bird")[target], "True", number, "A"])
         assert 0 == main(["fit", str(data), "--out", str(tmp_path / "out"), *QUICK])
-        assert "\n20 clips, 20 windows, 2 classes, 5 trees (random-forest)\n" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "\n20 clips, 20 windows, 2 classes, 5 trees (random-forest)\n" in printed
+        assert (
+            "held out: the 5 folds of the data set, each tested by a forest that was trained on the others.\n"
+            in printed
+        )
         model = bundle.load(tmp_path / "out").manifest
         assert ("category", ("bird", "cow"), 1.0) == (model.label, model.classes, model.metrics["accuracy"])
 
