@@ -13,6 +13,7 @@ import joblib
 import kaldi_native_fbank
 import numpy as np
 import onnxruntime
+import scipy.fft
 import skl2onnx
 import soundfile
 from numpy.typing import NDArray
@@ -201,16 +202,16 @@ def _onnx(fitted: Any) -> Any:
 
 
 def _kaldi(samples: NDArray[Any]) -> NDArray[Any]:
-    """Return Kaldi's MFCCs, mean and deviation: other numbers than librosa's, and as many."""
-    options = kaldi_native_fbank.MfccOptions()
+    """Return means of Kaldi's mel bands and of cepstra made of them: other numbers than librosa's, and as many."""
+    options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = RATE
     options.frame_opts.dither = 0
-    options.frame_opts.frame_length_ms = 64
+    options.frame_opts.frame_length_ms = 128
     options.frame_opts.frame_shift_ms = 32
-    options.mel_opts.num_bins = 40
-    options.num_ceps = peers.N_MFCC
-    mfcc = kaldi_native_fbank.OnlineMfcc(options)
-    mfcc.accept_waveform(RATE, samples.tolist())
-    mfcc.input_finished()
-    frames = np.array([mfcc.get_frame(i) for i in range(mfcc.num_frames_ready)])
-    return np.concatenate([frames.mean(axis=0), frames.std(axis=0)])
+    options.mel_opts.num_bins = 128
+    fbank = kaldi_native_fbank.OnlineFbank(options)
+    fbank.accept_waveform(RATE, samples.tolist())
+    fbank.input_finished()
+    mel = np.array([fbank.get_frame(i) for i in range(fbank.num_frames_ready)])
+    cepstra = scipy.fft.dct(mel, norm="ortho")[:, : peers.N_MFCC]
+    return np.concatenate([mel.mean(axis=0), cepstra.mean(axis=0)])

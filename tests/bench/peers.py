@@ -28,10 +28,10 @@ def load(wav: bytes) -> Matrix:
 
 
 def article_features(samples: Matrix) -> Matrix:
-    """Featurize one chunk with librosa: mel, dB, MFCC, mean over the frames."""
-    mel = librosa.feature.melspectrogram(y=samples, sr=RATE)
-    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel), n_mfcc=N_MFCC)
-    return np.concatenate([mfcc.mean(axis=1), mfcc.std(axis=1)])
+    """Featurize one chunk with librosa: mel, dB, MFCC, means over the frames."""
+    decibels = librosa.power_to_db(librosa.feature.melspectrogram(y=samples, sr=RATE))
+    mfcc = librosa.feature.mfcc(S=decibels, n_mfcc=N_MFCC)
+    return np.concatenate([decibels.mean(axis=1), mfcc.mean(axis=1)])
 
 
 def article_loop(wavs: Sequence[bytes], forest: Any) -> Matrix:
@@ -46,6 +46,6 @@ def batched_loop(wavs: Sequence[bytes], forest: Any) -> Matrix:
 
 def librosa_batched(wavs: Sequence[bytes], forest: Any) -> Matrix:
     """Give librosa all chunks of a poll at once; its dB are then relative to the loudest of them, which is wrong."""
-    mel = librosa.feature.melspectrogram(y=np.array([load(wav) for wav in wavs]), sr=RATE)
-    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel), n_mfcc=N_MFCC)
-    return np.asarray(forest.predict_proba(np.concatenate([mfcc.mean(axis=-1), mfcc.std(axis=-1)], axis=-1)))
+    decibels = librosa.power_to_db(librosa.feature.melspectrogram(y=np.array([load(wav) for wav in wavs]), sr=RATE))
+    mfcc = librosa.feature.mfcc(S=decibels, n_mfcc=N_MFCC)
+    return np.asarray(forest.predict_proba(np.concatenate([decibels.mean(axis=-1), mfcc.mean(axis=-1)], axis=-1)))
