@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-import trainer.__main__
+import trainer.arguments
 import worker.arguments
 from tests.system import demo
 from worker.config import resolve
@@ -22,7 +22,7 @@ COMPOSE: Final = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE: Final = (ROOT / "Dockerfile").read_text()
 DOCKERIGNORE: Final = (ROOT / ".dockerignore").read_text()
 
-PARSERS: Final = {"earshot-trainer": trainer.__main__.parser(), "earshot-worker": worker.arguments.parser()}
+PARSERS: Final = {"earshot-trainer": trainer.arguments.parser(), "earshot-worker": worker.arguments.parser()}
 
 
 def _commands(text: str) -> list[str]:
