@@ -156,8 +156,9 @@ def to_mono(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average the channels of (frames, channels) samples; one channel is passed through."""
     if samples.shape[1] == 1:
         return samples[:, 0]
-    total = samples[:, 0].astype(np.float64)  # float32 may overflow
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities are for `_sound` to reject, not for a warning
+    # Infinities and NaNs, signalling ones too, are for `_sound` to reject, not for a warning.
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = samples[:, 0].astype(np.float64)  # float32 may overflow
         for channel in range(1, samples.shape[1]):
             total += samples[:, channel]
         total /= samples.shape[1]
@@ -213,7 +214,8 @@ def _from_plain_wav(wav: PlainWav, limits: Limits) -> Sound:
 
 def _mono_floats(stored: NDArray[Any], channels: int, silence: float, step: float) -> NDArray[np.float32]:
     """Scale interleaved samples to float32 and mix them."""
-    with np.errstate(over="ignore"):  # float64 may hold what float32 does not, which `_sound` rejects
+    # Float64 may hold what float32 does not, and a cast warns of a signalling NaN: `_sound` rejects both.
+    with np.errstate(invalid="ignore", over="ignore"):
         samples = stored.astype(np.float32)
     if silence:
         samples -= np.float32(silence)

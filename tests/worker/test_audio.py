@@ -645,6 +645,18 @@ class TestToMono:
         np.testing.assert_array_equal(np.array([3e38], np.float32), audio.to_mono(samples))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("subtype", "bits"), [("FLOAT", 0x7F800001), ("DOUBLE", 0x7FF0000000000001)])
+@pytest.mark.filterwarnings("error")
+def test_a_signalling_nan_is_rejected_without_a_warning(subtype: str, bits: int, channels: int) -> None:
+    """The processor reports one when it is cast; the rejection says all there is to say."""
+    dtype = np.dtype("<f4" if subtype == "FLOAT" else "<f8")
+    data = encode(np.full((8, channels), 0.5), subtype=subtype)
+    hostile = data.replace(np.array(0.5, dtype).tobytes(), bits.to_bytes(dtype.itemsize, "little"))
+
+    assert "non-finite" == rejection(hostile, "audio/wav")[0]
+
+
 def test_a_sound_shorter_than_the_limit_is_rejected_and_one_as_long_is_not() -> None:
     """What would be mostly the silence that fills up a window is not predicted."""
     limits = audio.Limits(min_seconds=0.5)
