@@ -79,6 +79,12 @@ class RhythmExtractor:
             (low, high, np.flatnonzero((rates >= low) & (rates < high))) for low, high in pairwise(MODULATION_EDGES)
         ]
         self._bands = [slice(bins[0], bins[-1] + 1) for _, _, bins in bands if bins.size]
+        if not self._bands:
+            raise ValueError(
+                f"hop_length is {spec.hop_length}; expected {int(sample_rate / (2 * MODULATION_EDGES[0]))} or less at"
+                f" {sample_rate} Hz, and frames enough in a window to hear modulation at {MODULATION_EDGES[0]:g} to"
+                f" {MODULATION_EDGES[-1]:g} Hz"
+            )
         self.columns = (
             *(
                 Column("modulation", str(group), f"{low:g}-{high:g}Hz")

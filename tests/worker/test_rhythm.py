@@ -139,6 +139,13 @@ def test_bands_that_the_frames_cannot_tell_are_left_out() -> None:
     assert "modulation.0.1-2Hz" not in names
 
 
+def test_frames_too_far_apart_for_any_band_are_refused() -> None:
+    """Frames once a second hear nothing that modulates once a second or faster."""
+    sets = (RhythmSet(name="rhythm", hop_length=1024),)
+    with pytest.raises(ValueError, match="hop_length is 1024; expected 500 or less at 1000 Hz"):
+        Featurizer(FeatureSpec(sample_rate=1000, window_seconds=10.0, window_hop_seconds=10.0, sets=sets))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
