@@ -173,20 +173,22 @@ COMMANDS: Final[dict[str, Callable[[dict[str, Any]], int]]] = {
 
 def _spec(arguments: dict[str, Any]) -> Any:
     """Return the features that are asked for by the names of sets or by a file, with the settings typed beside it."""
-    from worker.features import Featurizer, feature_spec, read_spec
+    from worker.features import NAMED, Featurizer, feature_spec, read_spec
 
     names = {"level": "level_dbfs"}
     settings = ("level", "sample_rate", "window_seconds", "window_hop_seconds")
     typed = {names.get(name, name): arguments[name] for name in settings if arguments[name] is not None}
     asked = arguments["features"]
+    named = all(name in NAMED for name in asked.split("+"))  # these first: a folder may hold a file called rich
+    own = not named and Path(asked).is_file()
     try:
-        if Path(asked).is_file():
-            spec = msgspec.structs.replace(read_spec(Path(asked).read_text()), **typed)
+        if own:
+            spec = msgspec.structs.replace(read_spec(Path(asked).read_text(encoding="utf-8")), **typed)
         else:
             spec = feature_spec(asked, **typed)
         Featurizer(spec)  # what cannot be computed is said before anything is listened to
-    except ValueError as error:
-        raise Fatal(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise Fatal(f"{asked}: {error}" if own else str(error)) from error
     return spec
 
 

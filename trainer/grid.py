@@ -59,13 +59,15 @@ def parse(parameters: Iterable[str]) -> Grid:
     """Read a grid from such texts as ``max_depth=None,10,20``.
 
     Raises:
-        Fatal: one of them is no name with values.
+        Fatal: one of them is no name with values, or a name is there twice.
     """
     grid: dict[str, list[Any]] = {}
     for text in parameters:
         name, separator, values = text.partition("=")
         if not separator or not name:
             raise Fatal(f"{text!r} is no parameter; expected a name and its values, as in max_depth=None,10,20")
+        if name.strip() in grid:
+            raise Fatal(f"{name.strip()} is there twice; give all of its values at once, as in max_depth=None,10,20")
         grid[name.strip()] = [_word(value.strip()) for value in values.split(",")]
     return grid
 

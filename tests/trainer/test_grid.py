@@ -37,6 +37,11 @@ class TestParse:
         with pytest.raises(Fatal, match=r"is no parameter; expected .* max_depth=None,10,20"):
             parse([text])
 
+    def test_a_name_that_is_there_twice_is_refused(self) -> None:
+        """The second would silently replace the first."""
+        with pytest.raises(Fatal, match="max_depth is there twice; give all of its values at once"):
+            parse(["max_depth=10", "kind=extra-trees", " max_depth=20"])
+
 
 class TestRead:
     def test_toml_and_json_say_the_same(self, tmp_path: Path) -> None:

@@ -179,6 +179,25 @@ class TestCommands:
             spec.sets[0].name,
         )
 
+    @pytest.mark.parametrize("content", [b"window_seconds = 0.0", b"hum", b"\xff"])
+    def test_a_file_that_is_no_spec_is_named(
+        self, content: bytes, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Else nobody knows where to mend it."""
+        own = tmp_path / "own.toml"
+        own.write_bytes(content)
+        said = refusal(["fit", str(tones), "--out", str(tmp_path / "out"), "--features", str(own)], capsys)
+        assert said.startswith(f"earshot-trainer: {own}: ")
+
+    def test_a_name_means_the_set_and_not_a_file_called_so(
+        self, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a command does cannot hang on what lies in the folder where it is typed."""
+        (tmp_path / "compact").write_text("no spec")
+        monkeypatch.chdir(tmp_path)
+        assert 0 == main(["fit", str(tones), "--out", "out", *QUICK, "--features", "compact"])
+        assert "compact" == bundle.load(tmp_path / "out").manifest.spec.sets[0].name
+
     def test_augmented_copies_are_trained_on(self, tones: Path, tmp_path: Path) -> None:
         """They are told in the manifest, and counted among the windows they are not."""
         out = tmp_path / "out"
