@@ -173,8 +173,8 @@ class Regression(msgspec.Struct, frozen=True, gc=False, tag_field="task", tag="r
     """What was measured in one record, by a regressor.
 
     ``value`` is in the unit of ``target`` (the trained column), and so are ``low`` and ``high``, between
-    which 90 % of what was held out in training lay, and ``spread``, the standard deviation over the trees of
-    the forest.
+    which 90 % of the windows held out in training lay, and ``spread``, the standard deviation over the trees
+    of the forest.
     """
 
     source: str
