@@ -102,6 +102,7 @@ class KafkaBroker:
         self._topics = topics
         self._on_lost_offset = on_lost_offset
         self._publisher: Producer | None = None
+        self._unsettled: dict[str, bool] = {}
         self._followers: set[Consumer] = set()
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
@@ -132,7 +133,7 @@ class KafkaBroker:
         """
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", instance):
             raise Fatal(f"--instance is {instance!r}; Kafka wants up to 200 letters, digits, dots, dashes, underscores")
-        return KafkaSession(self._cluster, self._topics, group, instance, self._on_lost_offset)
+        return KafkaSession(self._cluster, self._topics, group, instance, self._on_lost_offset, self._unsettled)
 
     def publish(self, messages: Iterable[Message]) -> None:
         """Write messages outside any transaction, durably when this returns.
@@ -227,8 +228,10 @@ class KafkaSession:
         group: str,
         instance: str,
         on_lost_offset: Callable[[LostOffset], None],
+        unsettled: dict[str, bool],
     ) -> None:
         self._cluster = cluster
+        self._unsettled = unsettled
         self._on_lost_offset = on_lost_offset
         self._topics = topics
         self._group = f"{topics.prefix}{group}"  # systems with prefixes of their own share a cluster, not a group
@@ -338,34 +341,59 @@ class KafkaSession:
                 # An abort that fails leaves a producer that begins no other transaction.
                 with contextlib.suppress(EarshotError):
                     self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
+                    self._committed = False
                 raise
             self._cluster.attempt("commit", TRANSACTION_TIMEOUT, lambda: self._commit(transaction))  # 3 to 6
+            self._committed = True
 
     def close(self) -> None:
         """Leave the group, unless the session has failed and the next one comes back for it; free the connections."""
         while self._farewells:
             self._cluster.farewell(self._farewells.pop(0))
 
-    def _succeed(self, transactional_id: str, *, suspected: bool = False) -> tuple[Producer, bool]:
-        """Return the next producer of a transactional id, and whether the one before has committed last.
+    def _succeed(self, transactional_id: str, *, suspected: bool = False) -> tuple[Producer, bool | None]:
+        """Return the next producer of a transactional id, and how the last transaction before it has ended.
 
         What the one before had begun is ended, and so is that one. What the cluster holds for complete
-        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``.
+        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``. That is
+        done even where nothing is open: the cluster has forgotten how it ended, and knows it again then.
+
+        Raises:
+            Fatal: something is open, and nobody knows any more how it should end. It is not guessed:
+                the wrong end would lose records or double them.
         """
-        committed = self._cluster.was_committed(transactional_id)
         producer = self._cluster.producer(
             transactional_id=transactional_id, transaction_timeout_ms=ms(TRANSACTION_TIMEOUT)
         )
         try:
+            committed = self._ended(transactional_id)
             self._cluster.attempt("join", INIT_TIMEOUT + GRACE, producer.init_transactions)
+            left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
             if committed is not None:
-                left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
-                if left or suspected:
-                    self._settle(producer, [*left, *unseen], commit=committed)
+                self._settle(producer, [*left, *unseen] if left or suspected else [], commit=committed)
+                self._unsettled.pop(transactional_id, None)
+            elif left:
+                places = ", ".join(f"{each.topic}-{each.partition}" for each in left)
+                raise Fatal(
+                    f"a transaction of {transactional_id} is open in {places} at {self._cluster}, and nobody knows any "
+                    "more whether it was committed: compare what stands there with the offsets of the group, and end "
+                    "it with `kafka-transactions.sh abort`"
+                )
         except BaseException:
             self._cluster.farewell(producer.end)
             raise
-        return producer, committed or False
+        return producer, committed
+
+    def _ended(self, transactional_id: str) -> bool | None:
+        """Return whether the last transaction of an id was committed, or None if there was none or nobody knows.
+
+        A session that fails after the cluster has forgotten it, and before all is settled, leaves it
+        to the next one in this process. Only a commit that came through late knows better.
+        """
+        told = self._cluster.was_committed(transactional_id)
+        if told is not None and (told or transactional_id not in self._unsettled):
+            self._unsettled[transactional_id] = told
+        return self._unsettled.get(transactional_id)
 
     def _settle(self, producer: Producer, partitions: Sequence[Any], *, commit: bool) -> None:
         self._cluster.attempt(
@@ -393,8 +421,12 @@ class KafkaSession:
         self._placed = min(self._placed, now) if unplaced else now
         if now - self._placed <= PLACE_TIMEOUT:
             return
-        others = set(self._cluster.transactional_ids(self._transactions)) - {f"{self._transactions}{self._instance}"}
-        self._settle(self._producer, [], commit=self._committed)
+        known = self._cluster.transactional_ids(self._transactions)
+        # An instance has no slash in its name: with one it is an instance of another group.
+        others = {each for each in known if "/" not in each.removeprefix(self._transactions)}
+        others -= {f"{self._transactions}{self._instance}"}
+        if self._committed is not None:
+            self._settle(self._producer, [], commit=self._committed)
         for other in sorted(others):
             self._cluster.farewell(self._succeed(other, suspected=True)[0].end)
         raise Retryable(

@@ -261,14 +261,17 @@ class Cluster:
                 )
 
     def was_committed(self, transactional_id: str) -> bool | None:
-        """Return how the last transaction of a producer ends or has ended; None if there was none, or nobody says."""
+        """Return how the last transaction of a producer ends or has ended; None if there was none, or nobody says.
+
+        The cluster says it only until the next producer of that id is initialised, and forgets it then.
+        """
 
         def look(admin: Any) -> bool | None:
             try:
                 found = admin.describe_transactions([transactional_id])[transactional_id]
             except (kafka_errors.TransactionalIdNotFoundError, kafka_errors.UnsupportedVersionError):
                 return None
-            return found.state in COMMITTED
+            return None if found.state == TransactionState.EMPTY else found.state in COMMITTED
 
         return self.ask("look at the last transaction", look)
 
@@ -285,7 +288,10 @@ class Cluster:
                 if topic["error_code"] == 0 and _may(topic, "WRITE"):
                     logs = [Partition(topic["name"], each["partition_index"]) for each in topic["partitions"]]
                     (seen if _may(topic, "READ") else unseen).extend(logs)
-            producers = admin.describe_producers(seen)
+            try:
+                producers = admin.describe_producers(seen)
+            except kafka_errors.UnsupportedVersionError:
+                return [], [*seen, *unseen]
             return [log for log in seen if _has_open(producers[log], producer_id)], unseen
 
         return self.ask("look for open transactions", look)
@@ -294,7 +300,10 @@ class Cluster:
         """Return those that begin with ``prefix`` and that the cluster remembers."""
 
         def look(admin: Any) -> list[str]:
-            found = admin.list_transactions().values()
+            try:
+                found = admin.list_transactions().values()
+            except kafka_errors.UnsupportedVersionError:
+                return []
             return sorted(
                 each.transactional_id for listed in found for each in listed if each.transactional_id.startswith(prefix)
             )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import NoReturn
 
 import pytest
 from confluent_kafka import Consumer, Producer
@@ -24,6 +25,7 @@ from tests.conftest import missing
 from worker import broker_kafka, kafka_cluster
 from worker.broker_kafka import KafkaBroker, KafkaSession, LostOffset
 from worker.errors import BadRecord, Fatal, Retryable
+from worker.kafka_cluster import Cluster
 from worker.messages import Message, Record, Topics, TopicSpec, rejection_message
 
 PARTITIONS = 4
@@ -733,6 +735,60 @@ def test_what_the_broker_left_open_is_ended_as_it_was_meant(
             assert frozenset() == session.poll(0.1, 100).unplaced
         assert PARTITIONS == len(committed(broker, topics.predictions_out))
         assert set() == open_transactions(mortal.address, written)
+
+
+def leave_open(broker: KafkaBroker, mortal: apache_kafka.ApacheKafka, topics: Topics, group: str) -> None:
+    """Answer a record of each partition, and lose what says that this is committed."""
+    broker.create_topics(topics.layout(PARTITIONS))
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        process(session, topics, poll_for(session, PARTITIONS))
+        wait_for(lambda: is_complete(mortal.address, f"earshot/{topics.prefix}{group}/one"))
+        mortal.kill()
+        lose_markers(mortal)
+        mortal.start()
+
+
+@pytest.mark.parametrize("before", ["a join that fails", "a session that does nothing"])
+def test_what_was_committed_is_not_forgotten_with_the_producer(
+    mortal: apache_kafka.ApacheKafka, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """The cluster forgets how a transaction ended when the next producer comes; who comes after that still knows."""
+
+    def fails(*_: object) -> NoReturn:
+        raise Retryable("no leader yet")
+
+    with closing(KafkaBroker([mortal.address], topics)) as broker:
+        leave_open(broker, mortal, topics, group)
+        if before == "a join that fails":
+            with monkeypatch.context() as patch, pytest.raises(Retryable, match="no leader yet"):
+                patch.setattr(Cluster, "left_open", fails)
+                broker.join(group, "one")
+        else:
+            broker.join(group, "one").close()
+        with closing(broker.join(group, "one")) as session:
+            assert [] == session.poll(3.0, 100).records
+            assert frozenset() == session.poll(0.1, 100).unplaced
+        assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+
+def test_how_a_transaction_ends_is_never_guessed(
+    mortal: apache_kafka.ApacheKafka, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ended between fencing and settling takes the knowledge with it: a person has to look."""
+
+    def fails(*_: object) -> NoReturn:
+        raise Retryable("no leader yet")
+
+    with closing(KafkaBroker([mortal.address], topics)) as broker:
+        leave_open(broker, mortal, topics, group)
+        with monkeypatch.context() as patch, pytest.raises(Retryable, match="no leader yet"):
+            patch.setattr(Cluster, "left_open", fails)
+            broker.join(group, "one")
+    with closing(KafkaBroker([mortal.address], topics)) as another:
+        with pytest.raises(Fatal, match=rf"is open in .*{topics.predictions_out}-\d.* nobody knows any more"):
+            another.join(group, "one")
+    assert topics.predictions_out in open_transactions(mortal.address, [topics.predictions_out])
 
 
 def test_another_leader_ends_the_session(broker: KafkaBroker, topics: Topics, group: str) -> None:
