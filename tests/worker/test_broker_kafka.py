@@ -761,9 +761,10 @@ def test_what_was_committed_is_not_forgotten_with_the_producer(
     with closing(KafkaBroker([mortal.address], topics)) as broker:
         leave_open(broker, mortal, topics, group)
         if before == "a join that fails":
-            with monkeypatch.context() as patch, pytest.raises(Retryable, match="no leader yet"):
-                patch.setattr(Cluster, "left_open", fails)
+            monkeypatch.setattr(Cluster, "left_open", fails)
+            with pytest.raises(Retryable, match="no leader yet"):
                 broker.join(group, "one")
+            monkeypatch.undo()
         else:
             broker.join(group, "one").close()
         with closing(broker.join(group, "one")) as session:
@@ -782,12 +783,13 @@ def test_how_a_transaction_ends_is_never_guessed(
 
     with closing(KafkaBroker([mortal.address], topics)) as broker:
         leave_open(broker, mortal, topics, group)
-        with monkeypatch.context() as patch, pytest.raises(Retryable, match="no leader yet"):
-            patch.setattr(Cluster, "left_open", fails)
+        monkeypatch.setattr(Cluster, "left_open", fails)
+        with pytest.raises(Retryable, match="no leader yet"):
             broker.join(group, "one")
-    with closing(KafkaBroker([mortal.address], topics)) as another:
-        with pytest.raises(Fatal, match=rf"is open in .*{topics.predictions_out}-\d.* nobody knows any more"):
-            another.join(group, "one")
+        monkeypatch.undo()
+    told = rf"is open in .*{topics.predictions_out}-\d.* nobody knows any more"
+    with closing(KafkaBroker([mortal.address], topics)) as another, pytest.raises(Fatal, match=told):
+        another.join(group, "one")
     assert topics.predictions_out in open_transactions(mortal.address, [topics.predictions_out])
 
 
