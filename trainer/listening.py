@@ -38,7 +38,7 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 
 
 class Skipped(NamedTuple):
-    """A clip that cannot be used, and why."""
+    """The file of a clip that cannot be used, by a name that can be written anywhere, and why."""
 
     path: Path
     reason: str
@@ -142,7 +142,8 @@ def _listen(clip: Clip, works: Sequence[Work[Found]]) -> list[Found | Skipped]:
     try:
         sound = sound_of(clip)
     except BadRecord as error:
-        return [Skipped(clip.path, error.detail) for _ in works]
+        path = Path(str(clip.path).encode(errors="backslashreplace").decode())
+        return [Skipped(path, error.detail) for _ in works]
     return [work(sound, clip) for work in works]
 
 
@@ -152,7 +153,8 @@ def _segment(clip: Clip) -> bytes:
     Only the segment is decoded: recordings of a day would not fit into memory.
     """
     try:
-        with soundfile.SoundFile(clip.path) as file:
+        # An opened file, for soundfile opens no path that is not UTF-8.
+        with clip.path.open("rb") as opened, soundfile.SoundFile(opened) as file:
             rate: int = file.samplerate
             first = round(clip.start * rate)
             if first >= file.frames:

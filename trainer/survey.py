@@ -66,6 +66,8 @@ class Looking(NamedTuple):
     def __call__(self, sound: Sound, clip: Clip) -> Heard:
         """Return what there is to be said of ``clip``, all channels mixed as the model hears them."""
         samples = sound.samples
+        with clip.path.open("rb") as file:  # soundfile opens no path that is not UTF-8
+            channels = soundfile.info(file).channels
         block = max(1, round(BLOCK * sound.sample_rate))
         edges = np.arange(0, samples.size, block)
         power = np.square(samples, dtype=np.float64)
@@ -74,7 +76,7 @@ class Looking(NamedTuple):
             name=clip.name,
             seconds=sound.duration,
             sample_rate=sound.sample_rate,
-            channels=soundfile.info(clip.path).channels,
+            channels=channels,
             peak=_decibels(float(np.abs(samples).max()) ** 2),
             rms=_decibels(float(power.mean())),
             clipped=_clipped(np.abs(samples) >= FULL_SCALE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ class TestReading:
         for start, end in ((0.0, 0.5), (0.3, 1.1), (1.5, 2.0)):
             segment = sound_of(clip_of(path, start, end)).samples
             assert np.array_equal(whole[round(start * 16_000) : round(end * 16_000)], segment)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    def test_a_segment_of_a_file_whose_name_is_not_utf8(self, tmp_path: Path) -> None:
+        """Whatever a disk calls a file, a part of it can be heard."""
+        path = write_sound(tmp_path / "a.wav", seconds=1.0).rename(tmp_path / os.fsdecode(b"br\xe9ve.wav"))
+        assert 0.25 == sound_of(clip_of(path, 0.25, 0.5)).duration
 
     def test_a_segment_ends_with_its_file(self, tmp_path: Path) -> None:
         """Somebody who rounded the end up gets what there is; one that begins after the end is none."""

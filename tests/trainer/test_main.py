@@ -205,6 +205,20 @@ class TestCommands:
         manifest = bundle.load(out).manifest
         assert (20, {"noise": [10.0, 20.0], "copies": 2}) == (manifest.windows, manifest.augmentation)
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    @pytest.mark.parametrize(("options", "name"), [(QUICK[:-1], r"br\udce9ve"), ((*QUICK, "--json"), r"br\\udce9ve")])
+    def test_a_folder_whose_name_is_not_utf8(
+        self, options: tuple[str, ...], name: str, tones: Path, tmp_path: Path
+    ) -> None:
+        """It is listened to, and named by what can be written, as is a clip in it that cannot be used."""
+        (tones / "low" / "00.wav").write_bytes(b"not a sound")
+        (tones / "low").rename(tones / os.fsdecode(b"br\xe9ve"))
+        command = [str(BIN / "earshot-trainer"), "fit", str(tones), "--out", str(tmp_path / "out"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+        assert (0, "") == (done.returncode, done.stderr)
+        assert f"{name}/00.wav cannot be used" in done.stdout
+        assert [r"br\udce9ve", "high"] == list(bundle.load(tmp_path / "out").manifest.classes)
+
     def test_groups_by_other_columns(self, notes: Path, tmp_path: Path) -> None:
         """As many folds as groups leave out one at a time, whatever the groups are made of."""
         options = ["--label", "midi_pitch", "--features", "article", "--trees", "2", "--no-report"]
