@@ -109,14 +109,13 @@ def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
 
     bundle = load(Path(config.model))
     topics = Topics(config.topic_prefix)
-    half_a_window = bundle.featurizer.spec.window_seconds / 2
     pipeline = Pipeline(
         bundle,
         topics,
         Limits(
             max_bytes=config.max_record_bytes,
             max_seconds=config.max_record_seconds,
-            min_seconds=half_a_window if config.min_record_seconds is None else config.min_record_seconds,
+            min_seconds=_min_seconds(config, bundle.featurizer.spec.window_seconds),
         ),
         DriftPolicy(block_seconds=config.drift_block_seconds, delta=config.drift_delta, quorum=config.drift_quorum),
         Retention(max_sources=config.max_sources, forget_after=config.forget_after),
@@ -143,6 +142,20 @@ def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
             log=log,
         ).run()
     return EXIT_OK
+
+
+def _min_seconds(config: Config, window_seconds: float) -> float:
+    """Return how short a record may be, for a model of such windows."""
+    shortest, origin = window_seconds / 2, f"half of the model's windows of {window_seconds:g} s"
+    if config.min_record_seconds is not None:
+        shortest, origin = config.min_record_seconds, "--min-record-seconds"
+    if shortest > config.max_record_seconds:
+        raise Fatal(
+            f"every record would be rejected: it may have {config.max_record_seconds:g} s at the most"
+            f" (--max-record-seconds) and needs {shortest:g} s ({origin});"
+            " raise --max-record-seconds, or lower --min-record-seconds"
+        )
+    return shortest
 
 
 def _topics(config: Config, own: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,20 @@ class TestServing:
         assert "no model is given: --model FOLDER" in refusal(["run"], capsys)
         assert "is no model bundle: it has no manifest.json" in refusal(["run", "--model", str(tmp_path)], capsys, 3)
         assert "nowhere is no model bundle" in refusal(["run", "--model", "nowhere"], capsys, 3)
+
+    @pytest.mark.parametrize(
+        ("settings", "shortest"),
+        [
+            (["--min-record-seconds", "61"], r"needs 61 s \(--min-record-seconds\)"),
+            (["--max-record-seconds", "0.1"], r"needs [\d.]+ s \(half of the model's windows of [\d.]+ s\)"),
+        ],
+    )
+    def test_limits_that_nothing_can_keep(
+        self, settings: list[str], shortest: str, machine_bundle: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A worker that would reject every record says so, and what to change, before it takes one."""
+        said = refusal(["run", "--model", str(machine_bundle), *settings], capsys)
+        assert re.search(shortest + "; raise --max-record-seconds, or lower --min-record-seconds$", said)
 
     def test_interrupted_before_it_listens_to_signals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C is no traceback."""
