@@ -40,12 +40,15 @@ class ForestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     min_samples_split: int = 2
     class_weight: Literal["balanced", "balanced_subsample"] | None = None
 
+    def settled(self, task: str) -> ForestSpec:
+        """Return the settings with what they leave to the task, as they are told with a model."""
+        usual: Literal["sqrt"] | float = "sqrt" if task == "classification" else 1.0
+        return self if self.max_features is not None else msgspec.structs.replace(self, max_features=usual)
+
     def make(self, task: str, *, seed: int, jobs: int | None = None) -> Any:
         """Return a new, unfitted scikit-learn forest."""
-        settings = msgspec.structs.asdict(self)
+        settings = msgspec.structs.asdict(self.settled(task))
         kind = settings.pop("kind")
-        if settings["max_features"] is None:
-            settings["max_features"] = "sqrt" if task == "classification" else 1.0
         if task == "regression":
             settings.pop("class_weight")
         return FORESTS[kind, task](**settings, random_state=seed, n_jobs=jobs)

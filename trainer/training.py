@@ -164,7 +164,7 @@ def fit(
             "watched": watched,
             "metrics": _metrics(validation.evaluation),
             "calibration": validation.calibration,
-            "forest": msgspec.to_builtins(forest),
+            "forest": msgspec.to_builtins(forest.settled(dataset.task)),
             "augmentation": msgspec.to_builtins(augmentation),
             "validation": {"folds": folds, "group": dataset.group},
             "search": _told(search),

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from trainer.results import Evaluation, Measure
+from trainer.results import Evaluation, Measure, Search
 from worker.bundle import Manifest
 
 TITLES: Final = {
@@ -94,15 +94,18 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def headline(evaluation: Evaluation) -> str:
-    """Return in one sentence what the model is worth, from its first measure at clip level."""
-    name, measure = next(iter(evaluation.clip.items()))
+def headline(evaluation: Evaluation, search: Search | None = None) -> str:
+    """Return in one sentence what the model is worth, from its first measure at clip level.
+
+    After a search that is its measure on what the search never heard: the folds have chosen the settings.
+    """
+    unheard = search.held_out if search else {}
+    name, measure = next(iter((unheard or evaluation.clip).items()))
     value, between = figure(name, measure.value), interval(name, measure)
+    clips = f"clips that {'the search' if unheard else 'it'} had never heard"
     if name == "accuracy":
-        return f"Of clips that it had never heard, it named {value} right (95 % interval {between})."
-    return (
-        f"On clips that it had never heard, its {title(name, evaluation.label)} is {value} (95 % interval {between})."
-    )
+        return f"Of {clips}, it named {value} right (95 % interval {between})."
+    return f"On {clips}, its {title(name, evaluation.label)} is {value} (95 % interval {between})."
 
 
 def rows(evaluation: Evaluation) -> list[Row]:

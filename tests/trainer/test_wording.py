@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import wording
-from trainer.results import Evaluation, Measure
+from trainer.results import Evaluation, Measure, Search
 
 EVALUATION = Evaluation(
     task="classification",
@@ -56,6 +56,13 @@ class TestMeasures:
         regression = msgspec.structs.replace(EVALUATION, label="rpm", clip={"mae": Measure(12.3, 10, 15)})
         expected = "On clips that it had never heard, its mean absolute error in rpm is 12.3 (95 % interval 10 to 15)."
         assert expected == wording.headline(regression)
+
+    def test_after_a_search_the_headline_is_of_what_it_never_heard(self) -> None:
+        """The folds have chosen the settings, and flatter them."""
+        held_out = {"accuracy": Measure(0.8, 0.7, 0.9)}
+        search = Search(strategy="grid", scoring="accuracy", candidates=(), best={}, held_out=held_out)
+        expected = "Of clips that the search had never heard, it named 80.0 % right (95 % interval 70.0 to 90.0)."
+        assert expected == wording.headline(EVALUATION, search)
 
     def test_rows_leave_empty_what_was_not_measured(self) -> None:
         """Each measure once, clips, windows and what a leaky split claims side by side."""
