@@ -14,7 +14,8 @@ import selectors
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Final, NoReturn
 
@@ -96,6 +97,20 @@ class _Supervisor:
         self._deadline: float | None = None  # to be drained by, once that has begun
 
     def run(self) -> int:
+        try:
+            self._watch()
+        except Exception:  # such as a log whose reader has gone; the members must not outlive who watches them
+            with _unheard():
+                self._stop.set()
+                self._watch()
+            raise
+        if self._gave_up is not None:
+            raise self._gave_up
+        self._log.info("drained", status=self._status)
+        return self._status
+
+    def _watch(self) -> None:
+        """Start the members and look after them until none is left."""
         while any(member.pid is not None or member.due is not None for member in self._members):
             now = time.monotonic()
             if self._stop.is_set():
@@ -107,19 +122,24 @@ class _Supervisor:
                 self._pass_on(key.data)
             for member in self._members:
                 self._look_after(member)
-        if self._gave_up is not None:
-            raise self._gave_up
-        self._log.info("drained", status=self._status)
-        return self._status
 
     def _start(self, member: _Member, now: float) -> None:
-        ours, theirs = os.pipe()
-        member.pid = os.fork()
+        member.started, member.due = now, None
+        pipe: tuple[int, ...] = ()
+        try:
+            pipe = os.pipe()
+            member.pid = os.fork()
+        except OSError as error:  # no room for one more process or file, which may pass
+            for end in pipe:
+                os.close(end)
+            self._start_again(member, {"error": str(error)}, now)
+            return
+        ours, theirs = pipe
         if member.pid == 0:
             os.dup2(theirs, 2)
             self._be(member)
         os.close(theirs)
-        member.log, member.started, member.due = ours, now, None
+        member.log = ours
         self._selector.register(ours, selectors.EVENT_READ, member)
         self._log.info("member.started", member=member.name, pid=member.pid)
 
@@ -167,11 +187,14 @@ class _Supervisor:
         pid, waited = os.waitpid(member.pid, os.WNOHANG)
         if pid == 0:
             return
-        while self._pass_on(member):
-            pass
-        self._selector.unregister(member.log)
-        os.close(member.log)
-        member.pid, member.log = None, -1
+        member.pid = None
+        try:
+            while self._pass_on(member):
+                pass
+        finally:
+            self._selector.unregister(member.log)
+            os.close(member.log)
+            member.log = -1
         status, now = os.waitstatus_to_exitcode(waited), time.monotonic()
         asked = self._stop.is_set()
         (self._log.info if asked and status == 0 else self._log.warning)(
@@ -183,22 +206,24 @@ class _Supervisor:
             self._status = status
             self._stop.set()
         else:
-            self._start_again(member, status, now)
+            self._start_again(member, _how(status), now)
 
-    def _start_again(self, member: _Member, status: int, now: float) -> None:
+    def _start_again(self, member: _Member, how: Mapping[str, int | str], now: float) -> None:
         """Have a member started again after a pause, or give up."""
-        member.failures = 1 if now - member.started >= SETTLED else member.failures + 1
+        member.failures = 0 if now - member.started >= SETTLED else member.failures + 1
         if member.failures >= QUICK_FAILURES:
-            ((how, what),) = _how(status).items()
+            ((kind, what),) = how.items()
             self._gave_up = Fatal(
                 f"{member.name} has ended {member.failures} times in a row within {SETTLED:.0f} s of its start, the"
-                f" last time with {how} {what}: look for what kills it (memory?), or run fewer --processes"
+                f" last time with {kind} {what}: look for what kills it (memory?), or run fewer --processes"
             )
             self._stop.set()
             return
-        pause = min(FIRST_PAUSE * 2 ** (member.failures - 1), LONGEST_PAUSE)
+        pause = min(FIRST_PAUSE * 2 ** max(member.failures - 1, 0), LONGEST_PAUSE)
         member.due = now + pause
-        self._log.warning("member.starts_again", member=member.name, failures=member.failures, pause_seconds=pause)
+        self._log.warning(
+            "member.starts_again", member=member.name, failures=member.failures, pause_seconds=pause, **how
+        )
 
     def _drain(self, now: float) -> None:
         """Ask every member once to finish, and kill those that have not done so in time."""
@@ -213,6 +238,19 @@ class _Supervisor:
             member.due = None
             if member.pid is not None:
                 os.kill(member.pid, number)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop what is said on standard error meanwhile: nothing that is done must fail because nobody listens."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _how(status: int) -> dict[str, int | str]:

@@ -68,12 +68,25 @@ sys.exit(_status(lambda: supervisor.supervise(members, stop, log)))
 """
 
 
+NO_ROOM = """
+import os
+fork, failures = os.fork, iter([True, False, True])
+
+def sometimes():
+    if next(failures, False):
+        raise BlockingIOError(11, "no room")
+    return fork()
+
+os.fork = sometimes
+"""
+
+
 @contextmanager
-def toys(log: Path, *kinds: str) -> Iterator[Worker]:
-    """Run one member of each kind under a supervisor, and leave none behind."""
+def toys(log: Path, *kinds: str, before: str = "") -> Iterator[Worker]:
+    """Run one member of each kind under a supervisor, and leave none behind; ``before`` is run first."""
     with (
         log.open("wb") as errors,
-        subprocess.Popen([sys.executable, "-c", TOY, str(LONG), *kinds], stderr=errors) as process,
+        subprocess.Popen([sys.executable, "-c", before + TOY, str(LONG), *kinds], stderr=errors) as process,
     ):
         toy = Worker(process, log)
         try:
@@ -148,6 +161,40 @@ class TestToys:
         assert ["1"] == [entry["of"] for entry in toy.events("finished")]
         times = [entry["seconds"] for entry in toy.events("serving") if entry["of"] == "0"]
         assert all(later - earlier >= 0.04 for earlier, later in pairwise(times))
+
+    def test_killed_after_a_long_life(self, tmp_path: Path) -> None:
+        """That is no quick failure, and none is counted."""
+        with toys(tmp_path / "log", "good", before="from worker import supervisor\nsupervisor.SETTLED = 0.0\n") as toy:
+            os.kill(serving(toy, 1)[0]["pid"], signal.SIGKILL)
+            serving(toy, 2)
+            assert 0 == toy.stop()
+        again = toy.events("member.starts_again")
+        assert [(0, 0.05)] == [(entry["failures"], entry["pause_seconds"]) for entry in again]
+
+    def test_no_room_for_a_process(self, tmp_path: Path) -> None:
+        """It is tried again after a pause, while the others serve."""
+        with toys(tmp_path / "log", "good", "good", "good", before=NO_ROOM) as toy:
+            serving(toy, 3)
+            assert 0 == toy.stop()
+        again = toy.events("member.starts_again")
+        assert [("toy-0", 1), ("toy-2", 1)] == [(entry["member"], entry["failures"]) for entry in again]
+        assert {"[Errno 11] no room"} == {entry["error"] for entry in again}
+        assert ["0", "1", "2"] == sorted(entry["of"] for entry in toy.events("finished"))
+
+    def test_nobody_reads_the_log(self) -> None:
+        """The supervisor stays until its members have ended, and kills those that do not drain in time."""
+        command = [sys.executable, "-c", TOY, str(LONG), "good", "deaf"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            members: dict[str, int] = {}
+            while len(members) < 2:
+                entry = json.loads(process.stderr.readline())
+                if entry["action"] == "serving":
+                    members[entry["of"]] = entry["pid"]
+            process.stderr.close()
+            os.kill(members["0"], signal.SIGKILL)
+            process.wait(timeout=30)
+            assert not alive(members["1"])
 
     @pytest.mark.parametrize(
         ("kind", "status", "said"),
