@@ -98,7 +98,7 @@ class TestServing:
     ) -> None:
         """A folder is played; one worker is stopped in the middle by SIGTERM, the next by SIGINT; nothing is lost."""
         at = ("--broker", database)
-        debug = ("--log-level", "debug")
+        debug = ("--log-level", "debug", "--min-record-seconds", str(CHUNK))
         options = ("--source", SOURCE, "--speed", "0", "--chunk", str(CHUNK))
         assert 0 == main(["play", str(machines / "audio"), *options, *at])
         assert f"{CHUNKS} chunks of {SOURCE} sent to audio.in\n" == capsys.readouterr().out
