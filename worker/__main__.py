@@ -151,9 +151,8 @@ def _min_seconds(config: Config, window_seconds: float) -> float:
         shortest, origin = config.min_record_seconds, "--min-record-seconds"
     if shortest > config.max_record_seconds:
         raise Fatal(
-            f"every record would be rejected: it may have {config.max_record_seconds:g} s at the most"
-            f" (--max-record-seconds) and needs {shortest:g} s ({origin});"
-            " raise --max-record-seconds, or lower --min-record-seconds"
+            f"every record would be rejected: it may have {config.max_record_seconds:g} s (--max-record-seconds) and"
+            f" needs {shortest:g} s ({origin}); raise --max-record-seconds, or lower --min-record-seconds"
         )
     return shortest
 
