@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import joblib
@@ -13,7 +14,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from trainer.transformer import AudioFeatures
 from worker.features import Featurizer, feature_spec
@@ -21,9 +22,17 @@ from worker.features import Featurizer, feature_spec
 RATE = 16_000
 
 
-@parametrize_with_checks([AudioFeatures("article", window_seconds=0.2)])  # type: ignore[untyped-decorator]  # scikit-learn's
+def checks() -> Iterator[Any]:
+    """Every check that scikit-learn has for a transformer, but for that of foreign arrays, which skips itself."""
+    for estimator, check in estimator_checks_generator(AudioFeatures("article", window_seconds=0.2)):
+        name = str(getattr(check, "func", check).__name__)
+        if "array_api" not in name:
+            yield pytest.param(estimator, check, id=name)
+
+
+@pytest.mark.parametrize(("estimator", "check"), list(checks()))
 def test_the_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
-    """Every one that scikit-learn has for a transformer."""
+    """It is a transformer like any other."""
     check(estimator)
 
 
