@@ -332,6 +332,7 @@ class KafkaSession:
         with self._coming_back():
             self._require_leaders()
             self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
+            self._unsettled.pop(f"{self._transactions}{self._instance}", None)  # the cluster will tell of this one
             transaction = KafkaTransaction(self._cluster, self._producer)
             try:
                 yield transaction  # 2
@@ -355,8 +356,7 @@ class KafkaSession:
         """Return the next producer of a transactional id, and how the last transaction before it has ended.
 
         What the one before had begun is ended, and so is that one. What the cluster holds for complete
-        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``. That is
-        done even where nothing is open: the cluster has forgotten how it ended, and knows it again then.
+        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``.
 
         Raises:
             Fatal: something is open, and nobody knows any more how it should end. It is not guessed:
@@ -369,8 +369,8 @@ class KafkaSession:
             committed = self._ended(transactional_id)
             self._cluster.attempt("join", INIT_TIMEOUT + GRACE, producer.init_transactions)
             left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
-            if committed is not None:
-                self._settle(producer, [*left, *unseen] if left or suspected else [], commit=committed)
+            if committed is not None and (left or suspected):
+                self._settle(producer, [*left, *unseen], commit=committed)
                 self._unsettled.pop(transactional_id, None)
             elif left:
                 places = ", ".join(f"{each.topic}-{each.partition}" for each in left)
@@ -387,8 +387,8 @@ class KafkaSession:
     def _ended(self, transactional_id: str) -> bool | None:
         """Return whether the last transaction of an id was committed, or None if there was none or nobody knows.
 
-        A session that fails after the cluster has forgotten it, and before all is settled, leaves it
-        to the next one in this process. Only a commit that came through late knows better.
+        The cluster forgets it with `init_transactions`. A session that then fails, or does nothing,
+        leaves it to the next one in this process; only a commit that came through late knows better.
         """
         told = self._cluster.was_committed(transactional_id)
         if told is not None and (told or transactional_id not in self._unsettled):
