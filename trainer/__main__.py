@@ -93,7 +93,13 @@ def _train(arguments: dict[str, Any], train: Callable[..., Any]) -> tuple[Any, A
     dataset = load(arguments["data"], label=arguments["label"], task=arguments["task"], group=arguments["group"])
     cache = None if arguments["no_cache"] else Cache()
     with _where(arguments, dataset), _progress() as advance:
-        seen = survey(dataset, jobs=arguments["jobs"], cache=cache, on_progress=advance)
+        seen = survey(
+            dataset,
+            shortest_seconds=spec.shortest_seconds,
+            jobs=arguments["jobs"],
+            cache=cache,
+            on_progress=advance,
+        )
         if not arguments["json"]:
             print(describe(seen), end="\n\n", flush=True)
         trained = train(

@@ -20,6 +20,7 @@ from trainer.extract import Windows
 from trainer.holdout import HeldOut, Truth
 from trainer.results import Answer, Evaluation, Measures
 from worker.calibration import Calibration
+from worker.golden import window_mean
 from worker.profile import Vector
 
 NOT_ASKED: Final[Mapping[str, float]] = {}
@@ -79,7 +80,7 @@ def measures(scores: Vector, targets: NDArray[Any], groups: NDArray[Any], *, see
 
 def by_clip(values: Vector, owner: Index, clips: Index) -> Vector:
     """Return the mean of the windows' ``values`` for each of ``clips``, as the worker aggregates a record."""
-    return np.array([values[owner == clip].mean(axis=0) for clip in clips])
+    return np.array([window_mean(values[owner == clip]) for clip in clips])
 
 
 def cross_fitted(held: HeldOut, truth: Truth, trees: int) -> list[Calibration]:

@@ -45,7 +45,7 @@ from trainer.results import Candidate, Measures, Search
 from trainer.splits import splits
 from worker.errors import Fatal
 from worker.forest import Forest
-from worker.golden import scores
+from worker.golden import scores, window_mean
 
 Strategy = Literal["grid", "random", "halving"]
 
@@ -96,7 +96,7 @@ class ClipForest(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not ty
 
     def scores(self, clips: Clips) -> NDArray[np.float64]:
         """Return the mean over its windows of what `worker.golden.scores` says, for each clip."""
-        return np.array([scores(self.forest_, clip).mean(axis=0) for clip in clips])
+        return np.array([window_mean(scores(self.forest_, clip)) for clip in clips])
 
     def predict(self, clips: Clips) -> NDArray[Any]:
         """Return the class or the value of each clip."""

@@ -85,11 +85,19 @@ class Looking(NamedTuple):
         return Heard(facts, fingerprint(sound))
 
 
-def survey(dataset: Dataset, *, jobs: int = -1, cache: Cache | None = None, on_progress: Progress = silent) -> Survey:
+def survey(
+    dataset: Dataset,
+    *,
+    shortest_seconds: float = 0.0,
+    jobs: int = -1,
+    cache: Cache | None = None,
+    on_progress: Progress = silent,
+) -> Survey:
     """Listen to all clips and return what can be said of them, with warnings of what would mislead a model.
 
     Args:
         dataset: the labelled clips.
+        shortest_seconds: what a worker will reject if it is shorter, if that is known.
         jobs: processor cores to use; -1 is all of them.
         cache: where facts may be kept.
         on_progress: told how many clips are done.
@@ -123,6 +131,7 @@ def survey(dataset: Dataset, *, jobs: int = -1, cache: Cache | None = None, on_p
             *_about_classes(counts),
             *_about_formats(labels, facts),
             *_about_levels(facts),
+            *_about_lengths(facts, shortest_seconds),
         ),
     )
 
@@ -207,6 +216,16 @@ def _about_levels(facts: Sequence[ClipFacts]) -> Iterator[str]:
         yield (
             f"{_clips(still)} silent for half of the time or more, and silence is learnt as their label: "
             f"{_named(still, lambda each: each.silent, 0)}"
+        )
+
+
+def _about_lengths(facts: Sequence[ClipFacts], shortest: float) -> Iterator[str]:
+    short = sorted((each for each in facts if each.seconds < shortest), key=lambda each: each.seconds)
+    if short:
+        yield (
+            f"{_clips(short)} shorter than half a window, {shortest:g} s, and silence fills it up: "
+            f"{_named(short, None, 0)}. A worker rejects such sound: train with a shorter --window-seconds, or serve "
+            "with --min-record-seconds"
         )
 
 

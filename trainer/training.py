@@ -117,7 +117,9 @@ def fit(
         raise Fatal(str(error)) from error
     if augmentation is not None:
         check(augmentation, dataset.task, spec.sample_rate)
-    survey = survey or surveyed(dataset, jobs=jobs, cache=cache, on_progress=on_progress)
+    survey = survey or surveyed(
+        dataset, shortest_seconds=spec.shortest_seconds, jobs=jobs, cache=cache, on_progress=on_progress
+    )
     windows = featurize(dataset, featurizer, jobs=jobs, cache=cache, on_progress=on_progress)
     if augmentation is not None:
         windows = augmented(

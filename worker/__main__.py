@@ -115,7 +115,7 @@ def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
         Limits(
             max_bytes=config.max_record_bytes,
             max_seconds=config.max_record_seconds,
-            min_seconds=_min_seconds(config, bundle.featurizer.spec.window_seconds),
+            min_seconds=_min_seconds(config, bundle.featurizer.spec.shortest_seconds),
         ),
         DriftPolicy(block_seconds=config.drift_block_seconds, delta=config.drift_delta, quorum=config.drift_quorum),
         Retention(max_sources=config.max_sources, forget_after=config.forget_after),
@@ -144,9 +144,9 @@ def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
     return EXIT_OK
 
 
-def _min_seconds(config: Config, window_seconds: float) -> float:
+def _min_seconds(config: Config, half_a_window: float) -> float:
     """Return how short a record may be, for a model of such windows."""
-    shortest, origin = window_seconds / 2, f"half of the model's windows of {window_seconds:g} s"
+    shortest, origin = half_a_window, "half of the model's window"
     if config.min_record_seconds is not None:
         shortest, origin = config.min_record_seconds, "--min-record-seconds"
     if shortest > config.max_record_seconds:

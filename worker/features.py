@@ -130,6 +130,11 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The distance between the starts of two windows in samples."""
         return round(self.window_hop_seconds * self.sample_rate)
 
+    @property
+    def shortest_seconds(self) -> float:
+        """Half a window: of shorter sound, most of what is heard is the silence that fills the window up."""
+        return self.window_seconds / 2
+
 
 def feature_spec(names: str = COMPACT.name, **settings: Any) -> FeatureSpec:
     """Return the spec for the sets of these names, joined by "+", and the settings of `FeatureSpec`.

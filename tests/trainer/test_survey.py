@@ -207,6 +207,17 @@ class TestWarnings:
         assert ["1 clip is silent throughout: x/mute.wav"] == warnings_about("throughout", found)
         assert warnings_about("half of the time", found)[0].endswith("x/still.wav (74 %)")
 
+    def test_clips_that_a_worker_would_reject(self, tmp_path: Path) -> None:
+        """Those shorter than the limit, the shortest first, with what to do; one that is as long is none of them."""
+        for name, length in (("a", 8000), ("b", 7999), ("c", 800)):
+            write(tmp_path / "x" / f"{name}.wav", TONE[:length])
+        found = survey(load(tmp_path), shortest_seconds=0.5, jobs=1)
+        (told,) = warnings_about("half a window", found)
+        assert told.startswith(
+            "2 clips are shorter than half a window, 0.5 s, and silence fills it up: x/c.wav, x/b.wav."
+        )
+        assert [] == warnings_about("half a window", surveyed(tmp_path))
+
     def test_equal_sounds(self, tmp_path: Path) -> None:
         """A copy in another container is found, and counted as one group with its original."""
         samples, rate = soundfile.read(write_sound(tmp_path / "x" / "a.wav"), dtype="int16")
