@@ -122,6 +122,7 @@ def augmented(
         np.concatenate([windows.starts, copies.starts]),
         np.concatenate([windows.copies, copies.copies]),
         np.concatenate([windows.gains, copies.gains]),
+        np.concatenate([windows.silent, copies.silent]),
         windows.skipped,
     )
 

@@ -53,9 +53,10 @@ def of_scores(
     numbers, first = np.unique(owner, return_index=True)
     clips = [windows.dataset.clips[number] for number in numbers]
     groups = np.array([clip.group for clip in clips])
+    silent = windows.silent[tested]
     told = _apply(calibrations, by_clip(scores, owner, numbers), fold[first])
     said = _apply(calibrations, scores, fold)
-    known = targets[first]
+    known, whose = targets[first], groups[np.searchsorted(numbers, owner)]
     named = bool(truth.classes)
     return Evaluation(
         task=windows.dataset.task,
@@ -63,8 +64,10 @@ def of_scores(
         classes=truth.classes,
         how=how,
         clip=measures(told, known, groups, seed=seed),
-        window=measures(said, targets, groups[np.searchsorted(numbers, owner)], seed=seed),
+        window=measures(said, targets, whose, seed=seed),
         leaky=dict(leaky),
+        silent=float(silent.mean()),
+        sounding=measures(said[~silent], targets[~silent], whose[~silent], seed=seed) if silent.any() else {},
         per_class=metrics.per_class(told, known, truth.classes, windows.dataset.background) if named else (),
         confusion=_confusion(told, known, len(truth.classes)) if named else (),
         reliability=metrics.reliability(scores, said, targets) if named else None,

@@ -24,6 +24,10 @@ from worker.features import FeatureSpec, Featurizer
 MOST_SKIPPED: Final = 0.1
 """A larger share of unusable clips is a mistake in the data set, and not a few bad files."""
 
+SILENCE: Final = -60.0
+"""Windows whose RMS is so many dB under the loudest window's of their clip hold no sound of it: recordings are cut and
+padded, and a bark is over before its clip is. The worker hears such windows too, so they are learnt as all others."""
+
 Waveform = NDArray[np.float32]
 
 
@@ -33,7 +37,8 @@ class Windows(NamedTuple):
     ``features`` has shape (windows, features). Of each window, ``owner`` says which clip of ``dataset`` it
     is from, ``starts`` where in that clip it begins, in seconds, ``copies`` is 0 if it is as it was
     recorded, or the number of the augmented copy that it is from, and ``gains`` is by how many dB the
-    featurizer levelled it. No clip is without a window.
+    featurizer levelled it, and ``silent`` whether it is under `SILENCE`. No clip is without a window, and
+    none without one that is not silent.
     """
 
     dataset: Dataset
@@ -42,6 +47,7 @@ class Windows(NamedTuple):
     starts: NDArray[np.float64]
     copies: Index
     gains: NDArray[np.float32]
+    silent: NDArray[np.bool_]
     skipped: list[Skipped]
 
 
@@ -59,12 +65,13 @@ class Change(Protocol):
 class Extracted(msgspec.Struct, frozen=True):
     """What is extracted of one clip: little-endian arrays as bytes, and the fingerprint of its sound.
 
-    ``features`` is float32, (windows, features); ``starts`` float64 and ``gains`` float32, (windows,).
+    ``features`` is float32, (windows, features); ``starts`` float64, ``gains`` float32 and ``silent`` bool, (windows,).
     """
 
     features: bytes
     starts: bytes
     gains: bytes
+    silent: bytes
     sound: str
 
 
@@ -92,6 +99,7 @@ class Extraction(NamedTuple):
             featurizer.transform(windows).astype("<f4").tobytes(),
             starts.astype("<f8").tobytes(),
             featurizer.gains(windows).astype("<f4").tobytes(),
+            _silent(windows).tobytes(),
             fingerprint(sound),
         )
 
@@ -154,6 +162,7 @@ def windows_of(dataset: Dataset, found: Iterable[tuple[int, int, Extracted]], sk
         np.concatenate(starts),
         np.repeat(copies, counts),
         np.concatenate([np.frombuffer(each.gains, "<f4") for each in extracted]),
+        np.concatenate([np.frombuffer(each.silent, "?") for each in extracted]),
         skipped,
     )
 
@@ -170,6 +179,13 @@ def too_many_skipped(skipped: Sequence[Skipped], clips: int) -> None:
             f"{len(skipped)} of {clips} clips are unusable, more than {MOST_SKIPPED:.0%}; repair or remove them. "
             f"The first are {examples}"
         )
+
+
+def _silent(windows: Waveform) -> NDArray[np.bool_]:
+    """Return which windows of a clip are silent: none of a clip that is silent throughout."""
+    powers = np.array([np.mean(np.square(window, dtype=np.float64)) for window in windows])
+    silent: NDArray[np.bool_] = powers < powers.max() * 10 ** (SILENCE / 10)
+    return silent
 
 
 @lru_cache(maxsize=4)

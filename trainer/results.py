@@ -78,6 +78,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     ``how`` says in one sentence how clips were held out. ``clip`` and ``window`` are the measures
     of whole clips (the mean of their windows) and of single windows. ``leaky`` is what a random split
     of the windows would have claimed at window level, empty where it was not asked for.
+    ``silent`` is the share of windows that hold nothing of their clip's sound (see `trainer.extract.SILENCE`),
+    and ``sounding`` are the measures of all others, empty where none is silent.
     ``confusion[i][j]`` counts clips of class i called j. ``answers`` holds every held-out clip.
     """
 
@@ -88,6 +90,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     clip: Measures
     window: Measures
     leaky: dict[str, float]
+    silent: float = 0.0
+    sounding: Measures = {}
     per_class: tuple[ClassResult, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     reliability: Reliability | None = None

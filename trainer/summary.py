@@ -32,14 +32,16 @@ def evaluation(found: Evaluation) -> str:
             row.title,
             _with_interval(row.clip, row.clip_interval),
             _with_interval(row.window, row.window_interval),
+            _with_interval(row.sounding, row.sounding_interval),
             row.leaky,
         )
         for row in wording.rows(found)
     ]
-    lines = [
-        f"held out: {found.how}",
-        *_aligned([("", "clips", "windows", "random split" if found.leaky else ""), *rows]),
-    ]
+    sounding = "windows with sound" if found.sounding else ""
+    head = ("", "clips", "windows", sounding, "random split" if found.leaky else "")
+    lines = [f"held out: {found.how}", *_aligned(_told([head, *rows]))]
+    if found.sounding:
+        lines.append(f"({wording.silence(found)})")
     if found.leaky:
         lines.append(f"({LEAKY})")
     if found.per_class:
@@ -81,6 +83,11 @@ def _class(result: ClassResult) -> tuple[str, ...]:
     figures = (result.precision, result.recall, result.f1, result.auroc, result.auprc)
     name = f"{result.name} (background)" if result.background else result.name
     return (name, str(result.clips), *("" if figure is None else f"{figure:.2f}" for figure in figures))
+
+
+def _told(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return rows without the columns that have no head, but for the first."""
+    return [[cell for cell, head in zip(row, ("first", *rows[0][1:]), strict=True) if head] for row in rows]
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from trainer.extract import SILENCE
 from trainer.results import Evaluation, Measure, Search
 from worker.bundle import Manifest
 
@@ -42,6 +43,8 @@ class Row(NamedTuple):
     clip_interval: str
     window: str
     window_interval: str
+    sounding: str
+    sounding_interval: str
     leaky: str
 
 
@@ -108,8 +111,18 @@ def headline(evaluation: Evaluation, search: Search | None = None) -> str:
     return f"On {clips}, its {title(name, evaluation.label)} is {value} (95 % interval {between})."
 
 
+def silence(evaluation: Evaluation) -> str:
+    """Return how many windows are silent, and what that means; nothing if none is."""
+    if not evaluation.silent:
+        return ""
+    return (
+        f"{percent(evaluation.silent)} of the windows are silent: more than {-SILENCE:g} dB under the loudest of their "
+        "clip. A worker hears such windows too."
+    )
+
+
 def rows(evaluation: Evaluation) -> list[Row]:
-    """Return every measure of an evaluation: of whole clips, of single windows, and as a leaky split claims it."""
+    """Return every measure of an evaluation: of clips, of windows, of those with sound, and as a leaky split claims."""
 
     def told(name: str, measures: Mapping[str, Measure]) -> tuple[str, str]:
         return (figure(name, measures[name].value), interval(name, measures[name])) if name in measures else ("", "")
@@ -119,6 +132,7 @@ def rows(evaluation: Evaluation) -> list[Row]:
             title(name, evaluation.label),
             *told(name, evaluation.clip),
             *told(name, evaluation.window),
+            *told(name, evaluation.sounding),
             figure(name, evaluation.leaky[name]) if name in evaluation.leaky else "",
         )
         for name in dict.fromkeys((*evaluation.clip, *evaluation.window, *evaluation.leaky))

@@ -83,6 +83,22 @@ class TestContent:
         assert claimed in text[text.index("Not to be quoted") :]
         assert claimed not in cells(text)
 
+    def test_silence_is_set_apart(self, found: Findings) -> None:
+        """Windows with sound are measured beside all of them, and the rest is counted, if there is any."""
+        text = card.markdown(found)
+        assert "12.5 % of the windows are silent" in text
+        inside = cells(text)
+        assert "windows with sound" in inside
+        assert f"{100 * found.evaluation.sounding['accuracy'].value:.1f} %" in inside
+        everything = card.markdown(
+            msgspec.structs.replace(
+                found, evaluation=msgspec.structs.replace(found.evaluation, silent=0.0, sounding={})
+            )
+        )
+        assert "silent" not in everything
+        assert "with sound" not in everything
+        assert len(inside) > len(cells(everything)), "both are tables"
+
     def test_the_weak_spots_are_limits(self, found: Findings) -> None:
         """The class with the lowest F1 is named where one looks for limits."""
         weakest = min(found.evaluation.per_class, key=lambda each: each.f1)

@@ -34,15 +34,23 @@ def windows_of(owner: Index, labels: list[str], groups: list[str] | None = None,
     )
     dataset = Dataset(clips, "label", "regression" if quantity else "classification", background=("noise",))
     zeros = np.zeros(len(owner))
-    return Windows(dataset, np.zeros((len(owner), 0), np.float32), owner, zeros, owner * 0, zeros.astype("f4"), [])
+    features, silent = np.zeros((len(owner), 0), np.float32), zeros.astype(np.bool_)
+    return Windows(dataset, features, owner, zeros, owner * 0, zeros.astype(np.float32), silent, [])
 
 
 def evaluated(
-    scores: Vector, owner: Index, truth: Truth, calibration: Calibration, fold: Index | None = None
+    scores: Vector,
+    owner: Index,
+    truth: Truth,
+    calibration: Calibration,
+    fold: Index | None = None,
+    silent: Index | None = None,
 ) -> Evaluation:
     first = np.unique(owner, return_index=True)[1]
     labels = [truth.classes[code] if truth.classes else str(code) for code in truth.targets[first].tolist()]
     windows = windows_of(owner, labels, quantity=not truth.classes)
+    if silent is not None:
+        windows = windows._replace(silent=np.isin(np.arange(len(owner)), silent))
     held = HeldOut(scores, owner * 0 if fold is None else fold)
     return of_scores(windows, truth, held, [calibration], how="by hand")
 
@@ -128,6 +136,43 @@ class TestClassification:
         found = evaluated(scores, owner, truth, UNCHANGED, fold=np.array([0, -1, 0]))
         assert ["0.wav", "2.wav"] == [each.name for each in found.answers]
         assert 1.0 == found.clip["accuracy"].value
+
+
+class TestSilence:
+    """Windows without sound count in every figure but those of windows with sound."""
+
+    OWNER = np.array([0, 0, 1, 1, 2])
+
+    def test_classes(self) -> None:
+        """Three of five windows are right, and two of three with sound; clips are means over all of their windows."""
+        truth = Truth(np.array([0, 0, 1, 1, 1]), ("a", "b"))
+        first = np.array([0.9, 0.1, 0.3, 0.2, 0.8])
+        scores = np.column_stack([first, 1 - first])
+        found, all_sound = (
+            evaluated(scores, self.OWNER, truth, UNCHANGED, silent=which) for which in (np.array([1, 3]), None)
+        )
+        assert (0.4, 0.0) == (found.silent, all_sound.silent)
+        assert 2 / 3 == pytest.approx(found.sounding["accuracy"].value)
+        assert {} == all_sound.sounding
+        assert (found.window, found.clip, found.answers) == (all_sound.window, all_sound.clip, all_sound.answers)
+        assert 3 / 5 == pytest.approx(found.window["accuracy"].value)
+
+    def test_values(self) -> None:
+        """The same for errors."""
+        truth = Truth(np.array([1.0, 1.0, 2.0, 2.0, 6.0]), ())
+        scores = np.column_stack([[1.0, 4.0, 2.5, 0.0, 5.0], np.full(5, 0.1)])
+        found = evaluated(scores, self.OWNER, truth, ConformalInterval(0.9, 1.0, 0.1), silent=np.array([1, 3]))
+        assert 0.5 == pytest.approx(found.sounding["mae"].value)
+        assert 6.5 / 5 == pytest.approx(found.window["mae"].value)
+
+    def test_windows_that_were_not_tested_are_not_counted(self) -> None:
+        """Neither as silent nor as sound."""
+        truth = Truth(np.array([0, 0, 1, 1, 1]), ("a", "b"))
+        scores = np.full((5, 2), 0.5)
+        scores[4] = np.nan
+        fold = np.array([0, 0, 0, 0, -1])
+        found = evaluated(scores, self.OWNER, truth, UNCHANGED, fold, silent=np.array([1, 4]))
+        assert 0.25 == found.silent
 
 
 class TestRegression:

@@ -24,7 +24,7 @@ FEATURIZER = Featurizer(feature_spec("article", window_seconds=0.25, window_hop_
 def assert_equal(expected: Windows, actual: Windows) -> None:
     assert expected.dataset == actual.dataset
     assert expected.skipped == actual.skipped
-    for name in ("features", "owner", "starts", "copies", "gains"):
+    for name in ("features", "owner", "starts", "copies", "gains", "silent"):
         one, other = getattr(expected, name), getattr(actual, name)
         assert one.dtype == other.dtype, name
         np.testing.assert_array_equal(one, other, err_msg=name)
@@ -83,6 +83,48 @@ class TestWindows:
         cut = featurizer.windows(read_clip(some.clips[0], 16_000))
         np.testing.assert_array_equal(featurizer.gains(cut), featurize(one, featurizer, jobs=1).gains)
         assert featurizer.gains(cut).any()
+
+
+class TestSilence:
+    """Windows are silent beside the loudest window of their clip, and not by themselves."""
+
+    def silent(self, tmp_path: Path, levels: dict[str, list[float]]) -> list[list[bool]]:
+        """Write clips of windows at these levels in dBFS, one after the other, and return which of them are silent."""
+        noise = np.random.default_rng(0).uniform(-1, 1, 4000)
+        for name, each in levels.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            samples = np.concatenate([noise * 10 ** (level / 20) for level in each])
+            soundfile.write(tmp_path / name, samples, 16_000, subtype="DOUBLE")
+        apart = Featurizer(msgspec.structs.replace(FEATURIZER.spec, window_hop_seconds=0.25))
+        windows = featurize(load(tmp_path), apart, jobs=1)
+        assert not np.isnan(windows.features).any()
+        return [windows.silent[windows.owner == clip].tolist() for clip in range(len(levels))]
+
+    def test_from_60_db_under_the_loudest(self, tmp_path: Path) -> None:
+        """Wherever that is, and however loud."""
+        levels = {"a/loud.wav": [-61.0, 0.0, -59.0, -np.inf], "b/quiet.wav": [-40.0, -99.0, -101.0, -40.0]}
+        assert [[True, False, False, True], [False, False, True, False]] == self.silent(tmp_path, levels)
+
+    def test_no_clip_is_silent_throughout(self, tmp_path: Path) -> None:
+        """Of a class that is silence, and of what is no sound at all, every window is a specimen."""
+        levels = {
+            "noise/hiss.wav": [-90.0, -91.0],
+            "silence/none.wav": [-np.inf, -np.inf],
+            "silence/one.wav": [-np.inf],
+        }
+        assert [[False, False], [False, False], [False]] == self.silent(tmp_path, levels)
+
+    def test_real_recordings_are_padded(self, some: Dataset, expected: Windows) -> None:
+        """Some clips were filled up with digital silence: that is found, and in no other clip."""
+        padded = set()
+        for index, clip in enumerate(some.clips):
+            cut = FEATURIZER.windows(read_clip(clip, 16_000)).astype(np.float64)
+            levels = 10 * np.log10(np.square(cut).mean(axis=1) + 1e-30)
+            silent = expected.silent[expected.owner == index]
+            assert (levels < levels.max() - 60).tolist() == silent.tolist()
+            if silent.any():
+                padded.add(clip.label)
+        assert padded, "no clip of these is padded, so this has shown nothing"
 
 
 class TestEqualSounds:

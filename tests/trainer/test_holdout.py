@@ -41,6 +41,7 @@ def windows_of(owner: Index = OWNER, copies: Index | None = None, labels: Sequen
         np.zeros(len(owner)),
         np.zeros(len(owner), np.intp) if copies is None else copies,
         np.zeros(len(owner), np.float32),
+        np.zeros(len(owner), np.bool_),
         [],
     )
 

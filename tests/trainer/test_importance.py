@@ -23,7 +23,8 @@ def windows_of(features: np.ndarray) -> Windows:
     clips = tuple(Clip(Path(), str(n), "a", str(n), None, str(n)) for n in range(CLIPS))
     zeros = np.zeros(CLIPS)
     dataset = Dataset(clips, "label", "classification")
-    return Windows(dataset, features, np.arange(CLIPS), zeros, np.zeros(CLIPS, np.intp), zeros.astype(np.float32), [])
+    copies, gains, silent = zeros.astype(np.intp), zeros.astype(np.float32), zeros.astype(np.bool_)
+    return Windows(dataset, features, np.arange(CLIPS), zeros, copies, gains, silent, [])
 
 
 def results(targets: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, int, float, float]]:

@@ -135,6 +135,15 @@ class TestContent:
         assert {"seed", "spec.sample_rate", "data_hash"} <= cells
         assert {model_hash(found.manifest), *found.manifest.files.values()} <= cells
 
+    def test_silence_is_set_apart(self, page: str, found: Findings) -> None:
+        """Windows with sound are measured beside all of them, and the rest is counted, if there is any."""
+        text = re.sub(r"\s+", " ", Page(page).text)
+        assert "12.5 % of the windows are silent: more than 60 dB under the loudest of their clip." in text
+        assert f"{100 * found.evaluation.sounding['accuracy'].value:.1f} %" in text
+        assert "windows with sound" in text
+        everything = msgspec.structs.replace(found.evaluation, silent=0.0, sounding={})
+        assert "with sound" not in report.html(msgspec.structs.replace(found, evaluation=everything))
+
     def test_a_regression_has_its_own_pictures(self, measured: Findings) -> None:
         """A scatter and residuals in place of classes, and the measures in their unit."""
         text = report.html(measured)

@@ -47,8 +47,8 @@ def windows_of(
     features[:, :2] += values[owner, None]
     dataset = Dataset(clips, "label", task)
     nothing = np.zeros(owner.size)
-    starts, copies, gains = nothing, nothing.astype(np.intp), nothing.astype(np.float32)
-    return Windows(dataset, features.astype(np.float32), owner, starts, copies, gains, [])
+    starts, copies, gains, silent = nothing, nothing.astype(np.intp), nothing.astype(np.float32), nothing.astype(bool)
+    return Windows(dataset, features.astype(np.float32), owner, starts, copies, gains, silent, [])
 
 
 @pytest.fixture

@@ -37,6 +37,15 @@ def test_without_a_leak() -> None:
     assert 3 == len(told.splitlines())
 
 
+def test_silence_has_a_column_where_there_is_some() -> None:
+    """Between all windows and the leak, and it is said what is meant."""
+    told = evaluation(found(silent=0.25, sounding={"accuracy": Measure(0.95, 0.9, 0.975)})).splitlines()
+    assert "                            clips                windows     windows with sound  random split" == told[1]
+    assert "  accuracy  87.5 % (80.0 to 92.5)  87.5 % (80.0 to 92.5)  95.0 % (90.0 to 97.5)        99.0 %" == told[2]
+    assert told[3].startswith("(25.0 % of the windows are silent: more than 60 dB under the loudest of their clip.")
+    assert "with sound" not in evaluation(found())
+
+
 def test_a_name_cannot_move_the_terminal() -> None:
     """Classes are called by folders, and folders by whoever made them."""
     told = evaluation(found(per_class=(ClassResult("a\x1b[2Jb\nc", 1, 1.0, 1.0, 1.0, None, None),)))

@@ -67,8 +67,16 @@ class TestMeasures:
     def test_rows_leave_empty_what_was_not_measured(self) -> None:
         """Each measure once, clips, windows and what a leaky split claims side by side."""
         accuracy, f1 = wording.rows(EVALUATION)
-        assert ("accuracy", "89.7 %", "86.0 to 93.0", "81.0 %", "79.0 to 83.0", "99.0 %") == accuracy
-        assert ("macro-F1", "0.891", "0.850 to 0.920", "", "", "") == f1
+        assert ("accuracy", "89.7 %", "86.0 to 93.0", "81.0 %", "79.0 to 83.0", "", "", "99.0 %") == accuracy
+        assert ("macro-F1", "0.891", "0.850 to 0.920", "", "", "", "", "") == f1
+
+    def test_silence_is_told_where_there_is_some(self) -> None:
+        """With how much of it, what it is, and a measure of the rest."""
+        assert "" == wording.silence(EVALUATION)
+        found = msgspec.structs.replace(EVALUATION, silent=0.102, sounding={"accuracy": Measure(0.85, 0.83, 0.87)})
+        expected = "10.2 % of the windows are silent: more than 60 dB under the loudest of their clip. "
+        assert wording.silence(found).startswith(expected)
+        assert ("85.0 %", "83.0 to 87.0") == (wording.rows(found)[0].sounding, wording.rows(found)[0].sounding_interval)
 
 
 class TestText:
