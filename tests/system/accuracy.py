@@ -3,6 +3,9 @@
 It trains as a user would, on folds that say something: ESC-10's official ones, and notes of an instrument, or
 of an instrument and a pitch, that the forest has not heard. What it prints is what `earshot-trainer fit`
 found out about held-out clips; it ends with status 1 if a mark is missed.
+
+Windows are told twice. One clip in five of ESC-10 is a shorter sound that was padded, mostly with digital silence, of
+which nobody can say what it is: the mark is for windows that hold sound. What all windows give stands below it.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ NOTES: Final = ("--features", "pitch", *FOREST, "--label", "midi_pitch")
 class Mark(NamedTuple):
     """A measure of held-out clips or windows, of a training with ``options``, and what it has to be.
 
-    ``at_least`` tells whether more is better; ``stretch`` is what would be better than that.
+    ``level`` is "clip", "window" or "sounding", as in `trainer.results.Evaluation`. ``at_least`` tells whether more
+    is better; ``stretch`` is what would be better than that. Without a ``mark`` it is told and cannot be missed.
     """
 
     title: str
@@ -40,31 +44,36 @@ class Mark(NamedTuple):
     options: tuple[str, ...]
     level: str
     measure: str
-    mark: float
-    stretch: float
+    mark: float | None
+    stretch: float | None
     at_least: bool
 
     def missed(self, value: float) -> bool:
         """Return whether ``value`` is worse than the mark."""
+        if self.mark is None:
+            return False
         return value < self.mark if self.at_least else value > self.mark
 
-    def text(self, value: float) -> str:
+    def text(self, value: float | None) -> str:
         """Return a value as it is read."""
+        if value is None:
+            return ""
         return f"{100 * value:.2f} %" if self.measure == "accuracy" else f"{value:.2f} semitones"
 
 
 MARKS: Final = (
     Mark("ESC-10, official folds, clips", "esc10", CLIPS, "clip", "accuracy", 0.905, 0.92, at_least=True),
     Mark(
-        "ESC-10, official folds, single windows of 1 s",
+        "ESC-10, official folds, windows of 1 s that hold sound",
         "esc10",
         WINDOWS,
-        "window",
+        "sounding",
         "accuracy",
         0.82,
         0.84,
         at_least=True,
     ),
+    Mark("  all of these windows, silent ones too", "esc10", WINDOWS, "window", "accuracy", None, None, at_least=True),
     Mark(
         "notes, grouped by instrument and pitch",
         "notes",
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = trained(data / mark.data, mark.options)["evaluation"][mark.level][mark.measure]
         value, low, high = found["value"], found["low"], found["high"]
         missed += mark.missed(value)
-        verdict = "MISSED" if mark.missed(value) else "ok"
+        verdict = "MISSED" if mark.missed(value) else "" if mark.mark is None else "ok"
         between = f"{mark.text(low).partition(' ')[0]} to {mark.text(high)}"
         rows.append((mark.title, mark.text(value), between, mark.text(mark.mark), mark.text(mark.stretch), verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
