@@ -209,19 +209,21 @@ def _read(reader: _ForwardReader, limits: Limits) -> Sound:
 
 def _from_plain_wav(wav: PlainWav, limits: Limits) -> Sound:
     _check_length(wav.frames, wav.rate, wav.channels, limits)
-    return _sound(_mono_floats(wav.samples(), wav.channels, wav.silence, wav.step), wav.rate)
+    return _from_stored(wav.samples(), wav.rate, wav.channels, wav.silence, wav.step)
 
 
-def _mono_floats(stored: NDArray[Any], channels: int, silence: float, step: float) -> NDArray[np.float32]:
+def _from_stored(stored: NDArray[Any], rate: int, channels: int, silence: float, step: float) -> Sound:
     """Scale interleaved samples to float32 and mix them."""
+    if stored.dtype.kind != "f" and stored.size:
+        samples = stored.astype(np.float32)
+        if silence:
+            samples -= np.float32(silence)
+        samples *= np.float32(step)
+        return Sound(to_mono(samples.reshape(-1, channels)), rate, stored.size // channels / rate)
     # Float64 may hold what float32 does not, and a cast warns of a signalling NaN: `_sound` rejects both.
     with np.errstate(invalid="ignore", over="ignore"):
         samples = stored.astype(np.float32)
-    if silence:
-        samples -= np.float32(silence)
-    if step != 1.0:
-        samples *= np.float32(step)
-    return to_mono(samples.reshape(-1, channels))
+    return _sound(to_mono(samples.reshape(-1, channels)), rate)
 
 
 def _from_pcm(data: bytes, dtype: np.dtype[Any], parameters: dict[str, str], limits: Limits) -> Sound:
@@ -233,7 +235,7 @@ def _from_pcm(data: bytes, dtype: np.dtype[Any], parameters: dict[str, str], lim
         raise BadRecord("undecodable", f"{len(data)} bytes are no whole number of frames of {frame_size} bytes")
     _check_length(len(data) // frame_size, rate, channels, limits)
     step = 2.0**-15 if dtype.kind == "i" else 1.0
-    return _sound(_mono_floats(np.frombuffer(data, dtype), channels, silence=0.0, step=step), rate)
+    return _from_stored(np.frombuffer(data, dtype), rate, channels, silence=0.0, step=step)
 
 
 def _sound(samples: NDArray[np.float32], rate: int) -> Sound:

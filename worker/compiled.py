@@ -21,3 +21,8 @@ def compiled(function: Function) -> Function:
     except RuntimeError:
         # Neither the package's folder nor the user's cache can be written to: compile in every process.
         return cast("Function", njit(**options)(function))
+
+
+def inlined(function: Function) -> Function:
+    """Compile as a part of each compiled function that calls it, where constant arguments are known to the compiler."""
+    return cast("Function", njit(nogil=True, error_model="numpy", forceinline=True)(function))

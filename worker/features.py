@@ -13,10 +13,11 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from worker.compiled import compiled
 from worker.pitch import PitchSet
 from worker.rhythm import RhythmSet
 from worker.statistics import FrameStatistics
-from worker.windows import Column, Floats, Waveform, Window, as_float32
+from worker.windows import Column, Extractor, Floats, Waveform, Window, as_float32
 
 ARTICLE: Final = FrameStatistics(
     name="article", n_fft=2048, win_length=2048, n_mels=128, families=("mel", "mfcc"), statistics=("mean",)
@@ -176,14 +177,14 @@ class Featurizer:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
-        self._extractors = []
+        self._extractors: list[tuple[slice, Extractor]] = []
         names: dict[str, Column] = {}
         for each in spec.sets:
             try:
                 extractor = each.extractor(spec.sample_rate, spec.window_samples)
             except ValueError as error:
                 raise ValueError(f"feature set {each.name!r}: {error}") from None
-            self._extractors.append(extractor)
+            self._extractors.append((slice(len(names), len(names) + len(extractor.columns)), extractor))
             names |= {
                 f"{each.name}.{column}" if str(column) in names else str(column): column for column in extractor.columns
             }
@@ -203,7 +204,9 @@ class Featurizer:
         """
         samples = as_float32(waveform)
         length = self.spec.window_samples
-        if samples.size <= length:
+        if samples.size == length:
+            return samples[np.newaxis]
+        if samples.size < length:
             window = np.zeros((1, length), dtype=np.float32)
             window[0, : samples.size] = samples
             return window
@@ -222,7 +225,8 @@ class Featurizer:
             if self.spec.level_dbfs is not None:
                 samples *= np.float32(_factor(samples, self.spec.level_dbfs))
             prepared = Window(samples)
-            row[:] = np.concatenate([extractor(prepared) for extractor in self._extractors])
+            for columns, extractor in self._extractors:
+                row[columns] = extractor(prepared)
         return features
 
     def gains(self, windows: Waveform) -> Floats:
@@ -245,7 +249,15 @@ class Featurizer:
 
 def _audible(window: Waveform) -> Floats:
     """Return a copy of a window, clipped to `LIMIT`."""
-    return np.clip(as_float32(window), -LIMIT, LIMIT)
+    return _clipped(as_float32(window), np.float32(LIMIT))
+
+
+@compiled
+def _clipped(samples: Floats, limit: np.float32) -> Floats:
+    clipped = np.empty_like(samples)
+    for n in range(len(samples)):
+        clipped[n] = max(min(samples[n], limit), -limit)  # NaN stays
+    return clipped
 
 
 def _factor(samples: Floats, level_dbfs: float) -> float:

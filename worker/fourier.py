@@ -1,4 +1,4 @@
-"""The short-time Fourier transform: windows of sound to magnitudes, many frames at once.
+"""The short-time Fourier transform: windows of sound to power spectra, many frames at once.
 
 This module owns the transform. It must not know what is made of a spectrum.
 
@@ -10,6 +10,7 @@ bits of a frame depend neither on its neighbours nor on how many there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -18,29 +19,35 @@ import numpy.typing as npt
 import scipy.fft
 import scipy.signal
 
-from worker.compiled import compiled
+from worker.compiled import compiled, inlined
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 
 LANES: Final = 32
-"""Frames transformed together; of 8, 16 and 32 the fastest, and what they need stays in the cache."""
+"""Frames transformed together; fewer are slower, since each step is a call, and more leave the second-level cache."""
 
-ROWS: Final = 16
-"""Pairs of samples that are read from one frame before the next one's turn."""
+ROW: Final = 2 * LANES
+"""Numbers that hold one complex sample of each frame: first the real parts, then the imaginary ones."""
+
+IMAGINARY: Final = np.uint64(LANES)
+"""Where it begins in a row; indices are unsigned since numba then need not look for those from the end."""
+
+LONGEST: Final = 8192
+"""Samples of a frame, up to which `_transform` has stages."""
 
 
 class Factors(NamedTuple):
     """What a transform of n_fft samples, of which win_length are weighted by a periodic Hann window, needs."""
 
-    window: Array  # (n_fft,), zero outside of win_length
+    window: Array  # (n_fft,), zero outside of win_length; half as high, for `_part` adds what is to be averaged
     twiddles: Array  # (n_fft / 2, 2): cosine and sine of -2 pi k / (n_fft / 2)
     halves: Array  # (n_fft / 4 + 1, 2): cosine and sine of -2 pi k / n_fft
-    order: Array  # (n_fft / 2,): where the transform leaves the frequency k
+    order: Array  # (n_fft / 2,): where the stages leave the frequency k
 
     @staticmethod
     @lru_cache(maxsize=16)
     def of(n_fft: int, win_length: int) -> Factors:
-        """Compute them; ``n_fft`` is a power of two, 2 or more."""
+        """Compute them; ``n_fft`` is a power of two."""
         half = n_fft // 2
         order, size, stride = np.zeros(half, np.int64), half, 1
         while size > 1:
@@ -48,32 +55,39 @@ class Factors(NamedTuple):
             size //= radix
             order += np.arange(half) // stride % radix * size
             stride *= radix
-        return Factors(
-            _hann(n_fft, win_length), _circle(np.arange(half) / half), _circle(np.arange(half // 2 + 1) / n_fft), order
-        )
+        turns = np.arange(half) / half
+        return Factors(_hann(n_fft, win_length) / 2, _circle(turns), _circle(turns[: half // 2 + 1] / 2), order)
 
 
-def magnitudes(padded: npt.NDArray[np.float32], n_fft: int, hop_length: int, win_length: int) -> Array:
-    """Return the magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, frames).
+def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length: int, win_length: int) -> Array:
+    """Return the squared magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, frames).
 
     Args:
-        padded: the samples, shape (samples,); frame t starts at t * hop_length, as far as it is whole.
+        samples: shape (samples,).
+        margin: how many zeros are taken to stand before and after the samples.
         n_fft: the length of a frame; powers of two are much faster.
-        hop_length: the distance between two frames.
+        hop_length: the distance between two frames. All of them are whole, but for one that is longer than everything.
         win_length: how many samples in the middle of a frame are weighted, by a periodic Hann window.
     """
-    if n_fft & (n_fft - 1):
-        return _by_library(padded, hop_length, _hann(n_fft, win_length))
-    return _magnitudes(padded, hop_length, *Factors.of(n_fft, win_length))
+    n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
+    if n_fft & (n_fft - 1) or not 8 <= n_fft <= LONGEST:
+        return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length))
+    spectra = _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length))
+    return np.ascontiguousarray(spectra[:, :n_frames])
 
 
-def _by_library(padded: npt.NDArray[np.float32], hop_length: int, hann: Array) -> Array:
-    """Transform frames whose length is no power of two."""
+def _by_library(
+    samples: npt.NDArray[np.float32], margin: int, n_frames: int, hop_length: int, hann: Array
+) -> npt.NDArray[np.float32]:
+    """Transform frames of a length that has no stages."""
+    padded = np.zeros(max(len(samples) + 2 * margin, len(hann)), np.float32)
+    padded[margin : margin + len(samples)] = samples
     framed = np.lib.stride_tricks.sliding_window_view(padded, len(hann))[::hop_length]
-    result = np.empty((len(hann) // 2 + 1, len(framed)), dtype=np.float32)
-    for first in range(0, len(framed), LANES):  # all together are too large for the allocator to keep
+    result = np.empty((len(hann) // 2 + 1, n_frames), dtype=np.float32)
+    for first in range(0, n_frames, LANES):  # all together are too large for the allocator to keep
         frames = slice(first, first + LANES)
-        result[:, frames] = np.abs(scipy.fft.rfft(framed[frames] * hann).astype(np.complex64)).T
+        spectra = scipy.fft.rfft(framed[frames] * hann)
+        result[:, frames] = (spectra.real**2 + spectra.imag**2).T
     return result
 
 
@@ -89,92 +103,156 @@ def _circle(turns: Array) -> Array:
     return np.stack([np.cos(2 * np.pi * turns), -np.sin(2 * np.pi * turns)], axis=1)
 
 
-@compiled
-def _magnitudes(padded: Array, hop_length: int, window: Array, twiddles: Array, halves: Array, order: Array) -> Array:
-    """Transform frames of n real samples as n / 2 complex ones, and take the two halves apart again.
+@lru_cache(maxsize=16)
+def _transform(half: int) -> Callable[..., Array]:
+    """Return the transform of frames of 2 * half samples.
 
-    A row of ``z`` holds the real parts of all lanes, and then the imaginary parts.
+    There is machine code for each length: only if the distance between the numbers of a stage is
+    known does the compiler see that they do not overlap, and then it is more than three times as fast.
     """
-    half = len(twiddles)
-    n_frames = 1 + (len(padded) - 2 * half) // hop_length
-    result = np.empty((half + 1, n_frames), np.float32)
-    lanes = min(LANES, n_frames)
-    z = np.empty((half, 2 * lanes))
-    for block in range(0, n_frames, LANES):
-        first = min(block, n_frames - lanes)  # the last block is as full as the others: some frames are done twice
-        frames = slice(first, first + lanes)
-        _weigh(padded[first * hop_length :], hop_length, window, z)
-        _transform(z, twiddles)
-        for k in range(half // 2 + 1):
-            mirrored = z[order[(half - k) % half]]
-            _part(z[order[k]], mirrored, halves[k], result[k, frames], result[half - k, frames])
-    return result
+
+    @compiled
+    def transform(
+        samples: Array,
+        margin: int,
+        hop_length: int,
+        n_frames: int,
+        window: Array,
+        twiddles: Array,
+        halves: Array,
+        order: Array,
+    ) -> Array:
+        filled = max(n_frames, LANES)
+        columns = _columns(samples, margin, hop_length, filled + 2 * half // hop_length)
+        spectra = np.empty((half + 1, filled), np.float32)
+        z = np.empty(half * ROW)
+        for block in range(0, n_frames, LANES):
+            first = min(block, filled - LANES)  # the last block is full too: some frames are done twice
+            _open(columns, first, window, twiddles, z, half)
+            _by_four(z, twiddles, half, half // 4)
+            _by_four(z, twiddles, half, half // 16)
+            _by_four(z, twiddles, half, half // 64)
+            _by_four(z, twiddles, half, half // 256)
+            _by_four(z, twiddles, half, half // 1024)
+            _by_two(z, half)
+            _part(z, order, halves, spectra, first)
+        return spectra
+
+    return transform
 
 
 @compiled
-def _weigh(samples: Array, hop_length: int, window: Array, z: Array) -> None:
-    """Fill the rows with the weighted samples of each frame: the even ones are real, the odd ones imaginary.
+def _columns(samples: Array, margin: int, hop_length: int, n_columns: int) -> Array:
+    """Cut the samples every hop_length, and stand the pieces side by side: shape (hop_length, n_columns).
 
-    A few rows at a time, so that a line of the cache is read once and not once for each sample.
+    Sample n of frame t is then in row n % hop_length and column t + n // hop_length: the same
+    sample of neighbouring frames is in neighbouring places. What is missing at the ends is zero.
     """
-    half, lanes = len(z), z.shape[1] // 2
-    for start in range(0, half, ROWS):
-        for lane in range(lanes):
-            for n in range(start, min(start + ROWS, half)):
-                z[n, lane] = samples[lane * hop_length + 2 * n] * window[2 * n]
-                z[n, lanes + lane] = samples[lane * hop_length + 2 * n + 1] * window[2 * n + 1]
+    columns = np.zeros((hop_length, n_columns), np.float32)
+    for column in range(n_columns):
+        start = column * hop_length - margin
+        for row in range(max(0, -start), min(hop_length, len(samples) - start)):
+            columns[row, column] = samples[start + row]
+    return columns
 
 
-@compiled
-def _transform(z: Array, twiddles: Array) -> None:
-    """Transform each lane in place (Cooley and Tukey 1965): by radix 4, and last by radix 2 if need be."""
-    half = len(z)
-    size, stride = half, 1
-    while size >= 4:
-        quarter = size // 4
-        for start in range(0, half, size):
-            for n in range(start, start + quarter):
-                k = (n - start) * stride
-                a, b, c, d = z[n], z[n + quarter], z[n + 2 * quarter], z[n + 3 * quarter]
-                _butterfly(a, b, c, d, twiddles[k], twiddles[2 * k], twiddles[3 * k])
-        size, stride = quarter, 4 * stride
-    if size == 2:
-        for n in range(0, half, 2):
-            for lane in range(z.shape[1]):
-                a, b = z[n, lane], z[n + 1, lane]
-                z[n, lane], z[n + 1, lane] = a + b, a - b
+@inlined
+def _butterfly(
+    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, w1: Any, v1: Any, w2: Any, v2: Any, w3: Any, v3: Any
+) -> Any:
+    """Transform the complex numbers a + ib, c + id, e + if and g + ih, and turn all but the first by factors w + iv."""
+    even_r, even_i, odd_r, odd_i = a + e, b + f, c + g, d + h
+    apart_r, apart_i, turned_r, turned_i = a - e, b - f, d - h, g - c  # turned by -i
+    x1, y1 = apart_r + turned_r, apart_i + turned_i
+    x2, y2 = even_r - odd_r, even_i - odd_i
+    x3, y3 = apart_r - turned_r, apart_i - turned_i
+    return (
+        *(even_r + odd_r, even_i + odd_i),
+        *(x1 * w1 - y1 * v1, x1 * v1 + y1 * w1),
+        *(x2 * w2 - y2 * v2, x2 * v2 + y2 * w2),
+        *(x3 * w3 - y3 * v3, x3 * v3 + y3 * w3),
+    )
 
 
-@compiled
-def _butterfly(a: Array, b: Array, c: Array, d: Array, w1: Array, w2: Array, w3: Array) -> None:
-    """Transform four complex numbers of each lane, and turn all but the first."""
-    lanes = len(a) // 2
-    ar, br, cr, dr = a[:lanes], b[:lanes], c[:lanes], d[:lanes]
-    ai, bi, ci, di = a[lanes:], b[lanes:], c[lanes:], d[lanes:]
-    w1r, w1i, w2r, w2i, w3r, w3i = w1[0], w1[1], w2[0], w2[1], w3[0], w3[1]
-    for lane in range(lanes):
-        even_r, even_i = ar[lane] + cr[lane], ai[lane] + ci[lane]
-        apart_r, apart_i = ar[lane] - cr[lane], ai[lane] - ci[lane]
-        odd_r, odd_i = br[lane] + dr[lane], bi[lane] + di[lane]
-        turned_r, turned_i = bi[lane] - di[lane], dr[lane] - br[lane]  # -i (b - d)
-        ar[lane], ai[lane] = even_r + odd_r, even_i + odd_i
-        x, y = apart_r + turned_r, apart_i + turned_i
-        br[lane], bi[lane] = x * w1r - y * w1i, x * w1i + y * w1r
-        x, y = even_r - odd_r, even_i - odd_i
-        cr[lane], ci[lane] = x * w2r - y * w2i, x * w2i + y * w2r
-        x, y = apart_r - turned_r, apart_i - turned_i
-        dr[lane], di[lane] = x * w3r - y * w3i, x * w3i + y * w3r
+@inlined
+def _open(columns: Array, first: int, window: Array, twiddles: Array, z: Array, half: int) -> None:
+    """Weigh the samples, the even ones real and the odd ones imaginary, and take the first stage with them."""
+    quarter = half // 4
+    apart = np.uint64(quarter * ROW)
+    for n in range(quarter):
+        i, j, k, m = 2 * n, 2 * (n + quarter), 2 * (n + 2 * quarter), 2 * (n + 3 * quarter)
+        (a, b), (c, d) = _lanes(columns, first, i), _lanes(columns, first, j)
+        (e, f), (g, h) = _lanes(columns, first, k), _lanes(columns, first, m)
+        ra, rb, rc, rd = window[i], window[i + 1], window[j], window[j + 1]
+        re, rf, rg, rh = window[k], window[k + 1], window[m], window[m + 1]
+        w1, v1, w2, v2 = twiddles[n, 0], twiddles[n, 1], twiddles[2 * n, 0], twiddles[2 * n, 1]
+        w3, v3 = twiddles[3 * n, 0], twiddles[3 * n, 1]
+        for lane in range(np.uint64(LANES)):
+            p = np.uint64(n * ROW) + lane
+            q, r, s = p + apart, p + 2 * apart, p + 3 * apart
+            z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY], z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY] = _butterfly(
+                *(a[lane] * ra, b[lane] * rb, c[lane] * rc, d[lane] * rd),
+                *(e[lane] * re, f[lane] * rf, g[lane] * rg, h[lane] * rh),
+                *(w1, v1, w2, v2, w3, v3),
+            )
 
 
-@compiled
-def _part(z: Array, mirrored: Array, w: Array, low: Array, high: Array) -> None:
-    """Write the magnitudes at k and at n / 2 - k, from the complex transform at both."""
-    lanes = len(low)
-    zr, zi, mr, mi = z[:lanes], z[lanes:], mirrored[:lanes], mirrored[lanes:]
-    wr, wi = 0.5 * w[0], 0.5 * w[1]
-    for lane in range(lanes):
-        even_r, even_i = 0.5 * (zr[lane] + mr[lane]), 0.5 * (zi[lane] - mi[lane])
-        x, y = zi[lane] + mi[lane], mr[lane] - zr[lane]
-        odd_r, odd_i = x * wr - y * wi, x * wi + y * wr
-        low[lane] = np.sqrt(np.float32((even_r + odd_r) ** 2 + (even_i + odd_i) ** 2))
-        high[lane] = np.sqrt(np.float32((even_r - odd_r) ** 2 + (even_i - odd_i) ** 2))
+@inlined
+def _lanes(columns: Array, first: int, sample: int) -> tuple[Array, Array]:
+    """Return a sample of each frame, and the next one."""
+    hop_length = len(columns)
+    here, there = first + sample // hop_length, first + (sample + 1) // hop_length
+    return columns[sample % hop_length, here : here + LANES], columns[(sample + 1) % hop_length, there : there + LANES]
+
+
+@inlined
+def _by_four(z: Array, twiddles: Array, half: int, size: int) -> None:
+    """Split transforms of ``size`` numbers into four each, in place (Cooley and Tukey 1965), if they are as large."""
+    if size < 4:
+        return
+    quarter = size // 4
+    apart, stride = np.uint64(quarter * ROW), half // size
+    for start in range(0, half, size):
+        for n in range(quarter):
+            k = n * stride
+            w1, v1, w2, v2 = twiddles[k, 0], twiddles[k, 1], twiddles[2 * k, 0], twiddles[2 * k, 1]
+            w3, v3 = twiddles[3 * k, 0], twiddles[3 * k, 1]
+            for lane in range(np.uint64(LANES)):
+                p = np.uint64((start + n) * ROW) + lane
+                q, r, s = p + apart, p + 2 * apart, p + 3 * apart
+                z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY], z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY] = (
+                    _butterfly(
+                        *(z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY]),
+                        *(z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY]),
+                        *(w1, v1, w2, v2, w3, v3),
+                    )
+                )
+
+
+@inlined
+def _by_two(z: Array, half: int) -> None:
+    """Transform pairs of numbers, in place: the last stage if ``half`` is no power of four."""
+    if half in (8, 32, 128, 512, 2048):
+        for start in range(0, half * ROW, 2 * ROW):
+            for number in range(np.uint64(ROW)):
+                p = np.uint64(start) + number
+                q = p + np.uint64(ROW)
+                z[p], z[q] = z[p] + z[q], z[p] - z[q]
+
+
+@inlined
+def _part(z: Array, order: Array, halves: Array, spectra: Array, first: int) -> None:
+    """Write the powers of `LANES` frames, from the transform of n / 2 complex numbers that were n real ones."""
+    half = len(order)
+    rows = z.reshape(half, ROW)
+    for k in range(half // 2 + 1):
+        low, high = spectra[k, first : first + LANES], spectra[half - k, first : first + LANES]
+        here, mirrored = rows[order[k]], rows[order[(half - k) % half]]
+        wr, wi = halves[k, 0], halves[k, 1]
+        for lane in range(LANES):
+            zr, zi, mr, mi = here[lane], here[LANES + lane], mirrored[lane], mirrored[LANES + lane]
+            even_r, even_i = zr + mr, zi - mi
+            x, y = zi + mi, mr - zr
+            odd_r, odd_i = x * wr - y * wi, x * wi + y * wr
+            low[lane] = (even_r + odd_r) ** 2 + (even_i + odd_i) ** 2
+            high[lane] = (even_r - odd_r) ** 2 + (even_i - odd_i) ** 2

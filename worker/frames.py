@@ -21,7 +21,6 @@ import librosa.filters
 import numpy as np
 import scipy.fft
 import scipy.ndimage
-import scipy.sparse
 
 from worker.compiled import compiled
 from worker.windows import Array, FeatureSet, Floats, Stft, Window
@@ -94,10 +93,25 @@ class FrameSpec(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         )
 
 
+class Filters(NamedTuple):
+    """Weights of sums over neighbouring rows: what is outside of ``starts`` to ``stops`` is zero, and left out."""
+
+    weights: Array  # (filters, rows)
+    starts: Array  # (filters,)
+    stops: Array  # (filters,)
+
+    @classmethod
+    def of(cls, weights: Array) -> Filters:
+        """Find where each of the filters, shape (filters, rows), begins and ends."""
+        some = weights != 0
+        return cls(weights, some.argmax(axis=1), weights.shape[1] - some[:, ::-1].argmax(axis=1))
+
+
 class Tables(NamedTuple):
     """What a spec fixes and librosa would compute on every call."""
 
-    mel: Array  # CSR (n_mels, bins): at most two filters overlap, so 2 % of a dense product's work
+    mel: Filters
+    cosines: Filters  # float64: in float32 an MFCC would be 7e-4 off
     frequencies: Array  # (bins,), Hz
     contrast: tuple[tuple[slice, int], ...]  # the bins of each band, and how many make its peak
 
@@ -110,12 +124,13 @@ class Tables(NamedTuple):
                 finer than the resolution of n_fft.
         """
         frequencies = np.fft.rfftfreq(spec.n_fft, 1 / sample_rate)
-        mel, bands = _mel_filters(spec, sample_rate), _contrast_bands(sample_rate, frequencies)
+        mel, bands = Filters.of(_mel_filters(spec, sample_rate)), _contrast_bands(sample_rate, frequencies)
         if "contrast" in families and any(bins.start >= bins.stop for bins, _ in bands):
             raise ValueError(
                 f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more"
             )
-        return cls(mel, frequencies, bands)
+        cosines = scipy.fft.dct(np.eye(spec.n_mels), axis=0, type=2, norm="ortho")[: spec.n_mfcc]
+        return cls(mel, Filters.of(cosines), frequencies, bands)
 
 
 class Frames:
@@ -132,8 +147,9 @@ class Frames:
         self._tables = tables
 
     def __getitem__(self, name: str) -> Floats:
-        rows: Floats = np.atleast_2d(getattr(self, name)).astype(np.float32, copy=False)
-        return rows
+        rows: Array = getattr(self, name)
+        bands: Floats = rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False)
+        return bands
 
     @cached_property
     def stft(self) -> Array:
@@ -143,12 +159,12 @@ class Frames:
     @cached_property
     def power(self) -> Array:
         """Squared magnitude, (bins, frames)."""
-        return np.square(self.stft)
+        return self._window.power(self._spec.stft)
 
     @cached_property
     def mel_power(self) -> Array:
         """Power in each mel filter, (n_mels, frames)."""
-        return self._tables.mel @ self.power
+        return _filtered(*self._tables.mel, self.power)
 
     @cached_property
     def mel(self) -> Array:
@@ -158,7 +174,7 @@ class Frames:
     @cached_property
     def mfcc(self) -> Array:
         """Mel-frequency cepstral coefficients (Davis and Mermelstein 1980), (n_mfcc, frames)."""
-        return scipy.fft.dct(self.mel, axis=0, type=2, norm="ortho")[: self._spec.n_mfcc]
+        return _filtered(*self._tables.cosines, self.mel)
 
     @cached_property
     def delta(self) -> Array:
@@ -219,8 +235,10 @@ class Frames:
 
 
 def _to_db(power: Array, top_db: float | None) -> Array:
-    db = 10.0 * np.log10(np.maximum(AMIN, power))
-    return db if top_db is None else np.maximum(db, db.max() - top_db)
+    db = np.maximum(power, AMIN)
+    np.log10(db, out=db)
+    db *= 10.0
+    return db if top_db is None else np.maximum(db, db.max() - top_db, out=db)
 
 
 def _savgol(rows: Floats, kernel: Array) -> Floats:
@@ -235,6 +253,20 @@ def _savgol(rows: Floats, kernel: Array) -> Floats:
         derivative[:, :reach] = derivative[:, reach, np.newaxis]
         derivative[:, -reach:] = derivative[:, -reach - 1, np.newaxis]
     return derivative
+
+
+@compiled
+def _filtered(weights: Array, starts: Array, stops: Array, rows: Floats) -> Array:
+    """Return the weighted sums of rows, shape (filters, frames), summed in the precision of the weights."""
+    n_frames = rows.shape[1]
+    sums = np.zeros((len(weights), n_frames), weights.dtype)
+    for band in range(len(weights)):
+        total = sums[band]
+        for k in range(starts[band], stops[band]):
+            weight, row = weights[band, k], rows[k]
+            for t in range(n_frames):
+                total[t] += weight * row[t]
+    return sums
 
 
 @compiled
@@ -330,7 +362,7 @@ def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:
             f"n_mels is {spec.n_mels}, but {empty} of these filters lie between two bins of n_fft {spec.n_fft}; "
             "expected fewer, or a larger n_fft"
         )
-    return scipy.sparse.csr_array(filters)
+    return filters
 
 
 def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, int], ...]:

@@ -164,7 +164,7 @@ class Hearing:
                 place,
                 self._bundle.id,
             )
-        best = int(np.argmax(answer))
+        best = int(answer.argmax())
         probabilities = dict(zip(manifest.classes, answer.tolist(), strict=True))
         label = manifest.classes[best]
         return Classification(

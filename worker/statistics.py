@@ -74,6 +74,7 @@ class FrameExtractor:
         quantiles = [name for name in QUANTILES if name in spec.statistics]
         self._quantiles = np.array([QUANTILES[name] for name in quantiles])
         computed = (*MOMENTS, *quantiles)
+        self._only_means = spec.statistics == ("mean",)
         self._columns = [computed.index(name) for name in spec.statistics]
         self.columns = tuple(
             Column(family, band, statistic)
@@ -89,17 +90,18 @@ class FrameExtractor:
         if self._spec.trim_db is not None:
             rows = rows[:, frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)]
         ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
-        return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
+        return _summarize(rows, ordered, self._quantiles, self._only_means)[:, self._columns].ravel()
 
 
 @compiled
-def _summarize(rows: Floats, ordered: Floats, quantiles: Array) -> Array:
+def _summarize(rows: Floats, ordered: Floats, quantiles: Array, only_means: bool) -> Array:  # noqa: FBT001  # compiled functions have no keywords
     """Return `MOMENTS` and then the quantiles of each row over its frames, shape (rows, statistics).
 
     Args:
         rows: shape (rows, frames), one frame or more.
         ordered: the rows, each sorted; needed for quantiles only.
         quantiles: 0 for the lowest to 1 for the highest.
+        only_means: whether nothing else will be looked at.
     """
     n_rows, n_frames = rows.shape
     features = np.zeros((n_rows, 6 + len(quantiles)))
@@ -108,13 +110,15 @@ def _summarize(rows: Floats, ordered: Floats, quantiles: Array) -> Array:
         for t in range(n_frames):
             total += rows[row, t]
         mean = total / n_frames
+        features[row, 0] = mean
+        if only_means:
+            continue
         squares = cubes = 0.0
         for t in range(n_frames):
             deviation = rows[row, t] - mean
             squares += deviation * deviation
             cubes += deviation * deviation * deviation
         variance = squares / n_frames
-        features[row, 0] = mean
         features[row, 1] = np.sqrt(variance)
         if variance > (CONSTANT * mean) ** 2:
             features[row, 2] = cubes / n_frames / variance**1.5

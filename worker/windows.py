@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from worker.fourier import magnitudes
+from worker.fourier import powers
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 Floats = npt.NDArray[np.float32]
@@ -49,6 +49,7 @@ class Window:
 
     def __init__(self, samples: Floats) -> None:
         self.samples = samples
+        self._powers: dict[Stft, Floats] = {}
         self._magnitudes: dict[Stft, Floats] = {}
 
     def framed(self, stft: Stft) -> Floats:
@@ -56,20 +57,23 @@ class Window:
 
         Without ``center``, a waveform shorter than n_fft is filled up with zeros at its end.
         """
-        return np.lib.stride_tricks.sliding_window_view(self._padded(stft), stft.n_fft)[:: stft.hop_length]
-
-    def _padded(self, stft: Stft) -> Floats:
         padded = np.zeros(max(self.samples.size + 2 * stft.margin, stft.n_fft), dtype=np.float32)
         padded[stft.margin : stft.margin + self.samples.size] = self.samples
-        return padded
+        return np.lib.stride_tricks.sliding_window_view(padded, stft.n_fft)[:: stft.hop_length]
+
+    def power(self, stft: Stft) -> Floats:
+        """Return the squared magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist.
+
+        Computed once for equal settings, in float64 as librosa does, and then rounded to float32.
+        """
+        if stft not in self._powers:
+            self._powers[stft] = powers(self.samples, stft.margin, stft.n_fft, stft.hop_length, stft.win_length)
+        return self._powers[stft]
 
     def magnitude(self, stft: Stft) -> Floats:
-        """Return the magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist.
-
-        Computed once for equal settings, and as librosa does: in float64, then rounded to float32.
-        """
+        """Return the magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist."""
         if stft not in self._magnitudes:
-            self._magnitudes[stft] = magnitudes(self._padded(stft), stft.n_fft, stft.hop_length, stft.win_length)
+            self._magnitudes[stft] = np.sqrt(self.power(stft))
         return self._magnitudes[stft]
 
 

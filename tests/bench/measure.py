@@ -16,6 +16,10 @@ import msgspec
 ROUNDS: Final = 5
 """At least so many turns for each contestant: a median of fewer is one run's luck."""
 
+TURN: Final = 0.02
+"""Seconds that a turn lasts at least, in as many calls as that takes: what a contestant finds in the caches is then
+its own, as in a loop that does nothing else. The first call after another's turn can take three times as long."""
+
 Task = Callable[[], object]
 _Times = list[tuple[float, float]]
 
@@ -57,8 +61,7 @@ def by_turns(
         seconds: how long to go on, for all of them together, after one round that does not count.
         second: another contestant to be a peer of the others, in their notes.
     """
-    for task in contestants.values():
-        task()
+    calls = {name: _calls(task) for name, task in contestants.items()}
     times: dict[str, _Times] = {name: [] for name in contestants}
     deadline = time.perf_counter() + seconds
     gc.collect()
@@ -67,8 +70,10 @@ def by_turns(
         while min(map(len, times.values())) < ROUNDS or time.perf_counter() < deadline:
             for name, task in contestants.items():
                 wall, cpu = time.perf_counter(), time.process_time()
-                task()
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+                for _ in range(calls[name]):
+                    task()
+                passed = time.process_time() - cpu, time.perf_counter() - wall
+                times[name].append((passed[0] / calls[name], passed[1] / calls[name]))
     finally:
         gc.enable()
     peer, *others = contestants
@@ -77,6 +82,14 @@ def by_turns(
         note = "" if second is None or second == name else f"{_ratio(times[second], times[name]):.1f} x {second}"
         rows.append(Row(section, name, _timing(times[name], items), peer, _ratio(times[peer], times[name]), note))
     return rows
+
+
+def _calls(task: Task) -> int:
+    """Call a task twice, the second time to see how many calls a turn has."""
+    task()
+    began = time.perf_counter()
+    task()
+    return max(1, round(TURN / (time.perf_counter() - began)))
 
 
 def _ratio(peer: _Times, ours: _Times) -> float:
