@@ -28,7 +28,8 @@ WORK: Final = Path("build/accuracy")
 FOREST: Final = ("--forest", "extra-trees", "--trees", "500")
 WHOLE_CLIPS: Final = ("--sample-rate", "22050", "--level", "-23", "--window-seconds", "5", "--window-hop-seconds", "5")
 CLIPS: Final = ("--features", "rich", *WHOLE_CLIPS, *FOREST, "--max-features", "0.1")
-WINDOWS: Final = ("--features", "rich", "--sample-rate", "22050", *FOREST, "--max-features", "0.1")
+COPIES: Final = ("--augment", "shift=0.2,stretch=0.9:1.1,pitch=-1:1,gain=-12:6")
+WINDOWS: Final = ("--features", "rich+compact", "--sample-rate", "22050", *COPIES, *FOREST, "--max-features", "0.1")
 NOTES: Final = ("--features", "pitch", *FOREST, "--label", "midi_pitch")
 
 
