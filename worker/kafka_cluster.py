@@ -521,10 +521,15 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
         """See a rebalance through that was under way when the last poll ended.
 
         The client forgets about it if its reason has gone by then, as when topics have changed and are
-        known now: it would send no heartbeat any more and wait to be shown out.
+        known now: it would send no heartbeat any more and wait to be shown out. And it takes no notice
+        of a join that came to its end between two polls, but begins another, which costs all others
+        one too: members that are busy between their polls would keep each other from ever serving.
         """
-        if self._coordinator.rejoining:
-            self._coordinator.request_rejoin()
+        coordinator = self._coordinator
+        if coordinator.rejoining:
+            coordinator.request_rejoin()
+            if coordinator._join_task is not None:  # noqa: SLF001 - nothing else keeps it
+                coordinator._join_task = _Kept(coordinator._join_task)  # noqa: SLF001
 
     def unplaced(self) -> frozenset[int]:
         """Return the partitions that are ours, and of which it is not known yet where to go on from."""
@@ -534,6 +539,16 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
     def end(self) -> None:
         """Close within `CLOSE_TIMEOUT`, and commit nothing."""
         self.close(autocommit=False, timeout_ms=ms(CLOSE_TIMEOUT))
+
+
+class _Kept:
+    """A join under way that is waited for even if it has ended: the client looks at ``is_done`` before it does so."""
+
+    is_done: Final = False
+
+    def __init__(self, join: Any) -> None:
+        self.add_callback = join.add_callback
+        self.add_errback = join.add_errback
 
 
 def ms(seconds: float) -> int:

@@ -195,6 +195,25 @@ def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, g
         assert not coordinator.rejoining
 
 
+def test_a_rebalance_that_ends_between_two_polls_is_over(broker: KafkaBroker, group: str) -> None:
+    """The member takes up what it was given then: joining once more would make all others join once more too."""
+    with closing(broker.join(group, "one")) as one, closing(broker.join(group, "two")) as two:
+        both = share(one, two)
+        (leader,) = (each for each in both if each._consumer._coordinator._assignment_snapshot is not None)
+        (follower,) = both.keys() - {leader}
+        coordinator = leader._consumer._coordinator
+        coordinator._assignment_snapshot = {}  # as if the topics had changed
+        # The follower does not poll meanwhile, and so cannot answer.
+        wait_for(lambda: leader.poll(0.1, 1) is None or coordinator._join_task is not None)
+        coordinator._assignment_snapshot = coordinator._metadata_snapshot
+        under_way = coordinator._join_task
+        wait_for(lambda: follower.poll(0.1, 1) is None or under_way.is_done)
+        generation = coordinator._generation.generation_id
+        leader.poll(0.1, 1)
+        assert not coordinator.rejoining
+        assert generation == coordinator._generation.generation_id
+
+
 def test_a_session_that_failed_is_followed_without_a_rebalance(broker: KafkaBroker, group: str) -> None:
     """The next one of the instance has its partitions at once, and nobody else loses or gets any."""
     with closing(broker.join(group, "other")) as other:
