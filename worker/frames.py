@@ -231,7 +231,14 @@ class Frames:
     @cached_property
     def rms(self) -> Array:
         """Root mean square of the samples, before any weighting, (frames,)."""
-        return np.sqrt(np.mean(np.square(self._window.framed(self._spec.stft)), axis=-1))
+        whole, rest = divmod(self._spec.n_fft, self._spec.hop_length)
+        squares = np.square(self._window.pieces(self._spec.stft))  # frames overlap, and each sample is squared once
+        n_frames = len(squares) - whole - 1
+        pieces = squares.sum(axis=1)
+        energies = squares[whole : whole + n_frames, :rest].sum(axis=1)
+        for piece in range(whole):
+            energies += pieces[piece : piece + n_frames]
+        return np.sqrt(energies / self._spec.n_fft)
 
 
 def _to_db(power: Array, top_db: float | None) -> Array:
@@ -325,30 +332,29 @@ def _flatness(power: Floats, amin: np.float32) -> Array:
 def _extremes(magnitudes: Floats, count: int) -> Array:
     """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames)."""
     n_bins, n_frames = magnitudes.shape
-    extremes = np.empty((2, n_frames))
-    lowest, highest = np.empty(count, np.float32), np.empty(count, np.float32)  # the most extreme one first
-    for t in range(n_frames):
-        lowest[:], highest[:] = np.inf, -np.inf
-        for k in range(n_bins):
+    lowest = np.full((count, n_frames), np.inf, np.float32)  # the most extreme one first
+    highest = np.full((count, n_frames), -np.inf, np.float32)
+    for k in range(n_bins):
+        for t in range(n_frames):
             x = magnitudes[k, t]
-            if x < lowest[-1]:
+            if x < lowest[count - 1, t]:
                 place = count - 1
-                while place > 0 and x < lowest[place - 1]:
-                    lowest[place] = lowest[place - 1]
+                while place > 0 and x < lowest[place - 1, t]:
+                    lowest[place, t] = lowest[place - 1, t]
                     place -= 1
-                lowest[place] = x
-            if x > highest[-1]:
+                lowest[place, t] = x
+            if x > highest[count - 1, t]:
                 place = count - 1
-                while place > 0 and x > highest[place - 1]:
-                    highest[place] = highest[place - 1]
+                while place > 0 and x > highest[place - 1, t]:
+                    highest[place, t] = highest[place - 1, t]
                     place -= 1
-                highest[place] = x
-        low = high = 0.0
-        for place in range(count):
-            low += lowest[place]
-            high += highest[place]
-        extremes[0, t], extremes[1, t] = low / count, high / count
-    return extremes
+                highest[place, t] = x
+    extremes = np.zeros((2, n_frames))
+    for place in range(count):
+        for t in range(n_frames):
+            extremes[0, t] += lowest[place, t]
+            extremes[1, t] += highest[place, t]
+    return extremes / count
 
 
 def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:

@@ -52,14 +52,16 @@ class Window:
         self._powers: dict[Stft, Floats] = {}
         self._magnitudes: dict[Stft, Floats] = {}
 
-    def framed(self, stft: Stft) -> Floats:
-        """Return the samples of each frame before any weighting, shape (frames, n_fft); read only.
+    def pieces(self, stft: Stft) -> Floats:
+        """Return the samples with zeros around them, cut every hop_length: shape (pieces, hop_length).
 
-        Without ``center``, a waveform shorter than n_fft is filled up with zeros at its end.
+        Frame t is the n_fft samples from piece t on; one piece follows the last frame's last whole one.
         """
-        padded = np.zeros(max(self.samples.size + 2 * stft.margin, stft.n_fft), dtype=np.float32)
-        padded[stft.margin : stft.margin + self.samples.size] = self.samples
-        return np.lib.stride_tricks.sliding_window_view(padded, stft.n_fft)[:: stft.hop_length]
+        n_pieces = stft.n_frames(self.samples.size) + stft.n_fft // stft.hop_length + 1
+        padded = np.zeros(n_pieces * stft.hop_length, dtype=np.float32)
+        heard = self.samples[: padded.size - stft.margin]
+        padded[stft.margin : stft.margin + heard.size] = heard
+        return padded.reshape(n_pieces, stft.hop_length)
 
     def power(self, stft: Stft) -> Floats:
         """Return the squared magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist.
