@@ -25,7 +25,7 @@ from tests.bench.measure import Row, Task, by_turns
 from worker import audio
 from worker.bundle import FOREST, Bundle
 from worker.drift import DriftPolicy
-from worker.features import Featurizer, feature_spec
+from worker.features import RICH, FeatureSpec, Featurizer, feature_spec
 from worker.forest import Forest
 from worker.hearing import Hearing
 from worker.messages import Record, Topics
@@ -102,6 +102,15 @@ def features(chunks: Sequence[bytes], names: Sequence[str]) -> Iterator[Row]:
             named = f"Earshot, {name} ({len(featurizer.feature_names)})"
             contestants[named] = partial(featurizer.transform, windows[:size])
         yield from by_turns(f"features, {size} windows", contestants, items=size, seconds=6)
+    spectral = Featurizer(FeatureSpec(sets=(RICH,)))
+    np.testing.assert_allclose(spectral.transform(windows), _each(peers.rich_features, windows), rtol=0.01, atol=0.01)
+    for size in BATCHES:
+        contestants = {
+            "librosa, numpy, scipy": partial(_each, peers.rich_features, windows[:size]),
+            "Earshot": partial(spectral.transform, windows[:size]),
+        }
+        section = f"the {len(spectral.feature_names)} frame statistics of rich, {size} windows"
+        yield from by_turns(section, contestants, items=size, seconds=4)
 
 
 def forests() -> Iterator[Row]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import librosa
 import numpy as np
+import scipy.stats
 import soundfile
 from numpy.typing import NDArray
 
@@ -32,6 +33,32 @@ def article_features(samples: Matrix) -> Matrix:
     decibels = librosa.power_to_db(librosa.feature.melspectrogram(y=samples, sr=RATE))
     mfcc = librosa.feature.mfcc(S=decibels, n_mfcc=N_MFCC)
     return np.concatenate([decibels.mean(axis=1), mfcc.mean(axis=1)])
+
+
+def rich_features(samples: Matrix) -> Matrix:
+    """Compute the frame statistics of the feature set "rich" with librosa, numpy and scipy, from one transform."""
+    frames: dict[str, Any] = {"n_fft": 1024, "hop_length": 256}
+    feature = librosa.feature
+    magnitude = np.abs(librosa.stft(samples, **frames))
+    decibels = librosa.power_to_db(feature.melspectrogram(S=magnitude**2, sr=RATE, n_fft=1024, n_mels=64))
+    rms = feature.rms(y=samples, frame_length=1024, hop_length=256)
+    rows = np.concatenate(
+        [
+            decibels,
+            feature.mfcc(S=decibels, n_mfcc=N_MFCC),
+            feature.spectral_centroid(S=magnitude, sr=RATE, **frames),
+            feature.spectral_bandwidth(S=magnitude, sr=RATE, **frames),
+            feature.spectral_rolloff(S=magnitude, sr=RATE, **frames),
+            feature.spectral_flatness(S=magnitude, **frames),
+            feature.spectral_contrast(S=magnitude, sr=RATE, **frames),
+            feature.zero_crossing_rate(samples, frame_length=1024, hop_length=256),
+            rms,
+        ]
+    )[:, rms[0] >= rms.max() / 1000]
+    steps = np.diff(rows)
+    moments = [rows.mean(axis=1), rows.std(axis=1), scipy.stats.skew(rows, axis=1)]
+    changes = [np.abs(steps).mean(axis=1), steps.std(axis=1), np.abs(steps).max(axis=1)]
+    return np.stack([*moments, *changes, *np.quantile(rows, [0, 0.1, 0.5, 0.9, 1], axis=1)], axis=1).ravel()
 
 
 def article_loop(wavs: Sequence[bytes], forest: Any) -> Matrix:

@@ -28,6 +28,13 @@ RECORDS: Final = 6_000
 SLOW_RECORDS: Final = 800  # for the article's code, which would take minutes for all
 ROUNDS: Final = 3
 SOURCES: Final = 8
+COMPARED: Final = {
+    "Earshot, exactly once": "kafka-python alone, exactly once",
+    "Earshot, two processes": "Earshot, exactly once",
+    "Earshot, rich, two processes": "Earshot, rich",
+}
+"""Beside whom else a contestant is put than the first."""
+
 LOADS: Final = (0.25, 0.5, 0.8)
 LATENCY_SECONDS: Final = 20.0
 ANSWER_BYTES: Final = 700  # a prediction with ten classes
@@ -50,11 +57,11 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
 
             return one
 
-        def earshot(*options: str) -> Callable[[str], Throughput]:
+        def earshot(*options: str, model: str = "article") -> Callable[[str], Throughput]:
             def one(name: str) -> Throughput:
                 topics = streams.earshot_topics(at, f"{name}.")
                 cluster.publish(at, topics.audio_in, _messages(chunks, RECORDS))
-                command = streams.earshot(at, f"{name}.", work / "article", *options)
+                command = streams.earshot(at, f"{name}.", work / model, *options)
                 return streams.throughput(at, command, topics.predictions_out, RECORDS, work / f"{name}.log")
 
             return one
@@ -68,6 +75,8 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
             "Earshot, two processes": earshot("--processes", "2"),
+            "Earshot, rich": earshot(model="rich"),
+            "Earshot, rich, two processes": earshot("--processes", "2", model="rich"),
         }
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(ROUNDS):
@@ -75,26 +84,30 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
                 rates[name].append(compete(f"c{number}-{turn}").rate)
         first = next(iter(contestants))
         for name, each in rates.items():
-            ratio = median(ours / peer for ours, peer in zip(each, rates[first], strict=True))
-            spread = f"[{min(each):.0f}, {max(each):.0f}]"
-            yield Row(
-                "worker on Apache Kafka, chunks a second",
-                *(name, None, first, ratio),
-                f"{median(each):6.0f}/s {spread}, {ratio:.1f} x the first",
-            )
+            ratio = _ratio(each, rates[first])
+            note = f"{median(each):6.0f}/s [{min(each):.0f}, {max(each):.0f}], {ratio:.1f} x the first"
+            if name in COMPARED:
+                note += f", {_ratio(each, rates[COMPARED[name]]):.2f} x {COMPARED[name]}"
+            yield Row("worker on Apache Kafka, chunks a second", name, None, first, ratio, note)
         yield from _latencies(at, work, chunks, median(rates["Earshot, exactly once"]))
+
+
+def _ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
+    return median(each / peer for each, peer in zip(ours, peers, strict=True))
 
 
 def _latencies(at: str, work: Path, chunks: Sequence[bytes], capacity: float) -> Iterator[Row]:
     topics = streams.earshot_topics(at, "latency.")
     messages = _messages(chunks, len(chunks))
     cluster.publish(at, topics.audio_in, messages)
+    batch = Config().max_batch_records / capacity
+    section = f"from producing a chunk to reading its prediction, committed; a full batch takes {1000 * batch:.0f} ms"
     with streams.running(streams.earshot(at, "latency.", work / "article"), work / "latency.log"):
         streams.wait_until_idle(at, topics)
         for load in LOADS:
             found = streams.latency(at, topics, messages, load * capacity, LATENCY_SECONDS)
             yield Row(
-                "from producing a chunk to reading its prediction, committed",
+                section,
                 f"at {load:.0%} of capacity, {found.rate:.0f}/s",
                 None,
                 note=f"p50 {1000 * found.p50:.0f} ms, p99 {1000 * found.p99:.0f} ms",
