@@ -111,7 +111,6 @@ def _transform(half: int) -> Callable[..., Array]:
     known does the compiler see that they do not overlap, and then it is more than three times as fast.
     """
 
-    @compiled
     def transform(
         samples: Array,
         margin: int,
@@ -138,7 +137,9 @@ def _transform(half: int) -> Callable[..., Array]:
             _part(z, order, halves, spectra, first)
         return spectra
 
-    return transform
+    # Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
+    transform.__qualname__ += f"_{half}"
+    return compiled(transform)
 
 
 @compiled

@@ -10,7 +10,7 @@ import pytest
 import scipy.fft
 import scipy.signal
 
-from worker.fourier import LANES, LONGEST, powers
+from worker.fourier import LANES, LONGEST, _transform, powers
 
 Array = npt.NDArray[Any]
 
@@ -60,3 +60,9 @@ def test_extremes_stay_finite(level: float) -> None:
     padded = np.full(5000, level, dtype=np.float32) * np.sign(noise(5000))
     found = magnitudes(padded, 2048, 512, 2048)
     np.testing.assert_allclose(found, expected(padded, 2048, 512, 2048), rtol=1e-6, atol=1e-16)
+
+
+def test_each_length_is_kept_apart() -> None:
+    """No two lengths share a name in the cache of machine code, where one could be taken for the other."""
+    lengths = 4, 8, 16
+    assert len(lengths) == len({_transform(half).__qualname__ for half in lengths})
