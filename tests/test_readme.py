@@ -15,11 +15,13 @@ from tests.system.processes import BIN
 from trainer.arguments import parser as trainer_parser
 from worker.arguments import parser as worker_parser
 from worker.config import resolve
+from worker.features import Featurizer, read_spec
 from worker.messages import Classification, DriftDetected, Regression, RetrainRequested
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TOML = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 EXAMPLES = re.findall(r"<!-- example: (\w+) -->\n```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -74,10 +76,17 @@ def test_examples_are_what_the_wire_carries(name: str, text: str) -> None:
 
 def test_the_settings_file_is_one(tmp_path: Path) -> None:
     """The example in TOML is read, and says what it seems to say."""
-    (text,) = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    text = next(each for each in TOML if "[[sets]]" not in each)
     (tmp_path / "settings.toml").write_text(text)
     config = resolve({"config": str(tmp_path / "settings.toml")}, {"EARSHOT_MAX_BATCH_RECORDS": "8"})
     assert ("bundle", 8) == (config.model, config.max_batch_records)
+
+
+def test_the_feature_file_is_one() -> None:
+    """The example is read, and what it says can be computed."""
+    text = next(each for each in TOML if "[[sets]]" in each)
+    names = Featurizer(read_spec(text)).feature_names
+    assert ("mel.0.mean", "rms.p90") == (names[0], names[-1])
 
 
 def test_every_command_is_in_the_table() -> None:
