@@ -20,19 +20,23 @@ RUN /opt/build/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir 
 
 FROM ${BASE}
 # Numba compiles the forest for no processor in particular, so that what is compiled below fits wherever this image runs.
-ENV PATH=/opt/earshot/bin:$PATH PYTHONUNBUFFERED=1 NUMBA_CPU_NAME=generic
-RUN useradd --create-home --uid 10001 earshot && install -d -o earshot -g earshot /data
+ENV PATH=/opt/earshot/bin:$PATH PYTHONUNBUFFERED=1 NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/opt/compiled
+RUN useradd --create-home --uid 10001 earshot && install -d -o earshot -g earshot /data /opt/compiled
 COPY --from=dependencies /opt/earshot /opt/earshot
 COPY --from=wheel /dist /tmp/dist
 RUN pip install --quiet --no-index --no-deps /tmp/dist/*.whl
 USER earshot
 WORKDIR /data
 # Train and load small models, one of each kind and with every feature: shows that the image works, and leaves
-# everything compiled in the user's cache, so that a worker starts with machine code instead of six seconds of compiling.
+# everything compiled, so that a worker starts with machine code instead of ten seconds of compiling.
 RUN earshot-trainer simulate /tmp/clips --clips 36 --seconds 1 \
  && for label in label rpm; do \
       earshot-trainer fit /tmp/clips --label $label --out /tmp/bundle --trees 8 --features article+compact+rich+pitch \
         --no-cache --no-report || exit 1; \
     done \
  && rm -r /tmp/clips /tmp/bundle
+# Numba takes kept machine code only from a folder that can be written to, and without any such folder librosa cannot be
+# imported. Shared memory is one in every container: also if the root file system is read-only, and for any user.
+ENV NUMBA_CACHE_DIR=/dev/shm/numba
+ENTRYPOINT ["sh", "-c", "cp -r /opt/compiled/. $NUMBA_CACHE_DIR; exec \"$@\"", "sh"]
 CMD ["earshot-worker", "run"]
