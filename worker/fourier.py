@@ -2,10 +2,10 @@
 
 This module owns the transform. It must not know what is made of a spectrum.
 
-Libraries transform one frame after the other, and two at most side by side. Here `LANES` frames go
-through each step together, so that the compiler can use the whole width of the processor and
-reads each factor once for all of them. All arithmetic is float64 and in a fixed order, so that the
-bits of a frame depend neither on its neighbours nor on how many there are.
+Libraries transform one frame after the other. Here `LANES` frames go through each step together, so
+that the compiler can use the whole width of the processor and reads each factor once for all of
+them. All arithmetic is float64 and in a fixed order, so that the bits of a frame depend neither on
+its neighbours nor on how many there are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from worker.compiled import compiled, inlined
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 
 LANES: Final = 32
-"""Frames transformed together; fewer are slower, since each step is a call, and more leave the second-level cache."""
+"""Frames transformed together; fewer are slower, since each loop has a start, and more leave the second-level cache."""
 
 ROW: Final = 2 * LANES
 """Numbers that hold one complex sample of each frame: first the real parts, then the imaginary ones."""

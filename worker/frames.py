@@ -3,9 +3,9 @@
 This module owns every descriptor that follows from the short-time Fourier transform. It must not
 know how sound is cut into windows, or how the frames of a window become features.
 
-The numbers are librosa 0.11's (McFee et al. 2015), waveform by waveform: frames are weighted and
-transformed in float64 and rounded to complex64, everything after that is float32, and the clamp
-of ``top_db`` is relative to the loudest band of that waveform. What librosa computes anew on each
+The numbers are librosa 0.11's (McFee et al. 2015), waveform by waveform, to a few roundings: frames
+are weighted and transformed in float64, their power is rounded to float32, and the clamp of
+``top_db`` is relative to the loudest band of that waveform. What librosa computes anew on each
 call (window, filterbank, band edges) is kept. Nothing here calls BLAS, and no operation spans two
 waveforms, so no bit depends on what else is computed, or on a number of threads.
 """

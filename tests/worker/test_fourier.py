@@ -45,6 +45,19 @@ def test_magnitudes_are_scipys(n_fft: int) -> None:
         np.testing.assert_allclose(found, reference, rtol=2e-7, atol=2e-7 * max(1e-30, reference.max() * 1e-6))
 
 
+@pytest.mark.parametrize("n_fft", [8, 64, 100])
+@pytest.mark.parametrize("samples", [1, 5, 64, 101, 1000])
+def test_hops_and_margins_of_any_length(n_fft: int, samples: int) -> None:
+    """Hops that do not divide a frame, or are longer than it; zeros around the samples, also where these are few."""
+    for hop_length in (1, n_fft // 3, n_fft // 2 + 1, n_fft, 2 * n_fft + 1):
+        for margin in (0, 3, n_fft // 2):
+            padded = np.pad(noise(samples), margin)
+            padded = np.pad(padded, (0, max(0, n_fft - padded.size)))
+            found = powers(noise(samples), margin, n_fft, hop_length, n_fft)
+            reference = expected(padded, n_fft, hop_length, n_fft) ** 2
+            np.testing.assert_allclose(found, reference, rtol=2e-7, atol=1e-15 * reference.max())
+
+
 @pytest.mark.parametrize("n_frames", [1, 2, 7, LANES - 1, LANES, LANES + 1, 2 * LANES, 2 * LANES + 5])
 def test_a_frame_does_not_depend_on_how_many_there_are(n_frames: int) -> None:
     """The bits of a frame are those that it has alone."""
