@@ -224,7 +224,7 @@ class Frames:
         negative = self._window.samples < -ZERO
         crossings = np.zeros(negative.size, dtype=np.int64)
         np.cumsum(negative[1:] != negative[:-1], out=crossings[1:])
-        first = np.arange(self.stft.shape[1]) * self._spec.hop_length - self._spec.stft.margin
+        first = np.arange(self._spec.stft.n_frames(negative.size)) * self._spec.hop_length - self._spec.stft.margin
         edges = np.clip([first, first + self._spec.n_fft - 1], 0, negative.size - 1)
         return (crossings[edges[1]] - crossings[edges[0]]) / self._spec.n_fft
 
