@@ -78,13 +78,16 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
 
 
 def line(row: Row) -> str:
-    """Return a row of the table: microseconds of CPU and of wall time an item, quartiles of the CPU time, ratio."""
+    """Return a row of the table: microseconds of CPU and of wall time an item, quartiles, ratio, and with cold caches."""
     if row.timing is None:
         return f"  {row.contestant:44} {row.note}"
     times = [row.timing.cpu, row.timing.wall, row.timing.low, row.timing.high]
     cpu, wall, low, high = (f"{1e6 * seconds:10.1f}" for seconds in times)
     ratio = "" if row.ratio is None else f"{row.ratio:8.1f} x {row.peer}"
-    return f"  {row.contestant:44}{cpu} µs CPU{wall} µs   [{low.strip()}, {high.strip()}]{ratio}  {row.note}".rstrip()
+    cold = "" if row.cold is None else f"  first call {1e6 * row.cold.cpu:.1f} µs"
+    cold += "" if row.cold_ratio is None else f" ({row.cold_ratio:.1f} x)"
+    spread = f"[{low.strip()}, {high.strip()}]"
+    return f"  {row.contestant:44}{cpu} µs CPU{wall} µs   {spread}{ratio}{cold}  {row.note}".rstrip()
 
 
 def machine() -> dict[str, str]:

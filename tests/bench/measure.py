@@ -6,19 +6,24 @@ This module owns how a time is taken and summed up, and knows nothing of what is
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 from typing import Final
 
 import msgspec
+import numpy as np
 
 ROUNDS: Final = 5
 """At least so many turns for each contestant: a median of fewer is one run's luck."""
 
 TURN: Final = 0.02
-"""Seconds that a turn lasts at least, in as many calls as that takes: what a contestant finds in the caches is then
-its own, as in a loop that does nothing else. The first call after another's turn can take three times as long."""
+"""About the seconds of a turn, in as many calls as that takes: what a contestant finds in the caches is then its own,
+as in a loop that does nothing else. Only the first call of each turn finds nothing, and is told apart."""
+
+FORGOTTEN: Final = 64 << 20
+"""Bytes that are written before each turn: more than the caches hold, so that nothing of anybody is left in them."""
 
 Task = Callable[[], object]
 _Times = list[tuple[float, float]]
@@ -37,7 +42,8 @@ class Timing(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True):
     """One line of the table: who did what, how long an item took, and how many times faster than ``peer`` that is.
 
-    The ratio is the median of the ratios of each round, in which both ran one after the other.
+    The ratio is the median of the ratios of each round, in which both ran one after the other. ``cold``
+    and ``cold_ratio`` are of the first call of each turn, which has empty caches.
     What is not a time an item has no timing, and says in ``note`` what it is.
     """
 
@@ -47,6 +53,8 @@ class Row(msgspec.Struct, frozen=True):
     peer: str = ""
     ratio: float | None = None
     note: str = ""
+    cold: Timing | None = None
+    cold_ratio: float | None = None
 
 
 def by_turns(
@@ -58,38 +66,45 @@ def by_turns(
         section: what the rows are about.
         contestants: what to call; each call handles ``items`` items.
         items: how many items a call handles.
-        seconds: how long to go on, for all of them together, after one round that does not count.
+        seconds: how long to go on, for all of them together, after two calls of each that do not count.
         second: another contestant to be a peer of the others, in their notes.
     """
     calls = {name: _calls(task) for name, task in contestants.items()}
     times: dict[str, _Times] = {name: [] for name in contestants}
+    cold: dict[str, _Times] = {name: [] for name in contestants}
+    other = np.zeros(FORGOTTEN, np.uint8)
     deadline = time.perf_counter() + seconds
     gc.collect()
     gc.disable()  # a collection would be charged to whoever's turn it is
     try:
         while min(map(len, times.values())) < ROUNDS or time.perf_counter() < deadline:
             for name, task in contestants.items():
-                wall, cpu = time.perf_counter(), time.process_time()
-                for _ in range(calls[name]):
-                    task()
-                passed = time.process_time() - cpu, time.perf_counter() - wall
-                times[name].append((passed[0] / calls[name], passed[1] / calls[name]))
+                other += 1
+                cold[name].append(_timed(task, 1))
+                times[name].append(_timed(task, calls[name]))
     finally:
         gc.enable()
     peer, *others = contestants
-    rows = [Row(section, peer, _timing(times[peer], items))]
+    rows = [Row(section, peer, _timing(times[peer], items), cold=_timing(cold[peer], items))]
     for name in others:
         note = "" if second is None or second == name else f"{_ratio(times[second], times[name]):.1f} x {second}"
-        rows.append(Row(section, name, _timing(times[name], items), peer, _ratio(times[peer], times[name]), note))
+        ratio, cold_ratio = _ratio(times[peer], times[name]), _ratio(cold[peer], cold[name])
+        timing, cold_timing = _timing(times[name], items), _timing(cold[name], items)
+        rows.append(Row(section, name, timing, peer, ratio, note, cold_timing, cold_ratio))
     return rows
 
 
 def _calls(task: Task) -> int:
-    """Call a task twice, the second time to see how many calls a turn has."""
-    task()
-    began = time.perf_counter()
-    task()
-    return max(1, round(TURN / (time.perf_counter() - began)))
+    """Call a task twice, to see how many calls a turn has."""
+    return max(1, math.ceil(TURN / min(_timed(task, 1)[1], _timed(task, 1)[1])))
+
+
+def _timed(task: Task, calls: int) -> tuple[float, float]:
+    """Return the CPU time of the process and the wall time of a call, in seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        task()
+    return (time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls
 
 
 def _ratio(peer: _Times, ours: _Times) -> float:
