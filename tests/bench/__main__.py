@@ -78,7 +78,7 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
 
 
 def line(row: Row) -> str:
-    """Return a row of the table: microseconds of CPU and of wall time an item, quartiles, ratio, and with cold caches."""
+    """Return a row of the table: microseconds of CPU and of wall time an item, quartiles, ratio; the same when cold."""
     if row.timing is None:
         return f"  {row.contestant:44} {row.note}"
     times = [row.timing.cpu, row.timing.wall, row.timing.low, row.timing.high]
