@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.reference import ALWAYS_WATCHED, WATCHED_FEATURES, reference_profile, watched_features
+from trainer.reference import FINEST_CONFIDENCE, ALWAYS_WATCHED, WATCHED_FEATURES, reference_profile, watched_features
 
 
 class TestWatchedFeatures:
@@ -63,6 +63,12 @@ class TestReferenceProfile:
         assert 0 < spreads["confidence"] < 1
         standard = profile.standardise(np.array([[0.9, 0.0, 1.0, 0.1]]))
         assert [-1.0, 1.0] == standard[0, 1:3].tolist()
+
+    def test_a_model_that_is_always_sure_is_not_alarmed_by_an_ordinary_confidence(self) -> None:
+        """Confidences that differ by millionths have the spread of what a forest can tell apart."""
+        scores = np.array([[1.0, 0.0], [1e-6, 1 - 1e-6]])
+        profile = reference_profile(scores, np.zeros((2, 1), np.float32), classes=("a", "b"), watched=(), names=("x",))
+        assert FINEST_CONFIDENCE == profile.signals[0].spread
 
     def test_the_gain_of_a_model_that_levels_is_watched(self) -> None:
         """It is the last signal, in dB."""
