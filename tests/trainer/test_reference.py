@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.reference import FINEST_CONFIDENCE, ALWAYS_WATCHED, WATCHED_FEATURES, reference_profile, watched_features
+from trainer.reference import ALWAYS_WATCHED, FINEST_CONFIDENCE, WATCHED_FEATURES, reference_profile, watched_features
 
 
 class TestWatchedFeatures:
