@@ -21,6 +21,16 @@ EXIT_OK: Final = 0
 EXIT_FATAL: Final = 1
 EXIT_KILLED: Final = 130
 
+FOREST: Final = {
+    "forest": "kind",
+    "trees": "n_estimators",
+    "max_depth": "max_depth",
+    "max_features": "max_features",
+    "min_samples_leaf": "min_samples_leaf",
+    "class_weight": "class_weight",
+}
+"""The options of a forest, and what `trainer.models.ForestSpec` calls them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -68,7 +78,14 @@ def _tune(arguments: dict[str, Any]) -> int:
     from trainer.tuning import tune
 
     chosen = {**(grid.read(arguments["grid"]) if arguments["grid"] else {}), **grid.parse(arguments["param"])}
-    train = partial(tune, grid=chosen, strategy=arguments["strategy"], candidates=arguments["candidates"])
+    fixed = _typed(arguments)
+    for option, name in FOREST.items():
+        if name in fixed and name in chosen:
+            raise Fatal(
+                f"--{option.replace('_', '-')} fixes {name}, and --param or --grid searches it: leave one of them out"
+            )
+    strategy, candidates = arguments["strategy"], arguments["candidates"]
+    train = partial(tune, grid=chosen, strategy=strategy, candidates=candidates, fixed=fixed)
     (found, fitted), seen = _train(arguments, train)
     if arguments["json"]:
         print(msgspec.json.encode(fitted._asdict() | {"survey": seen, "search": found}, enc_hook=str).decode())
@@ -107,14 +124,7 @@ def _train(arguments: dict[str, Any], train: Callable[..., Any]) -> tuple[Any, A
             arguments["out"],
             name=arguments["name"],
             spec=spec,
-            forest=ForestSpec(
-                kind=arguments["forest"],
-                n_estimators=arguments["trees"],
-                max_depth=arguments["max_depth"],
-                max_features=arguments["max_features"],
-                min_samples_leaf=arguments["min_samples_leaf"],
-                class_weight=arguments["class_weight"],
-            ),
+            forest=ForestSpec(**_typed(arguments)),
             folds=arguments["folds"],
             augmentation=augmentation,
             survey=seen,
@@ -125,6 +135,11 @@ def _train(arguments: dict[str, Any], train: Callable[..., Any]) -> tuple[Any, A
             on_progress=advance,
         )
     return trained, seen
+
+
+def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the forest that were typed."""
+    return {name: arguments[option] for option, name in FOREST.items() if arguments[option] is not None}
 
 
 def _where(arguments: dict[str, Any], dataset: Any) -> AbstractContextManager[None]:

@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.description = (
         "Search for the settings of a forest on folds of whole groups, measure the best one on a fifth of the clips "
-        "that the search never heard, and train it on all of them. Settings that are not searched are as for `fit`."
+        "that the search never heard, and train it on all of them. Settings that are not searched are as for `fit`; "
+        "one that is given as an option, as --trees, is not searched."
     )
     _training(tune)
     _search(tune)
@@ -163,10 +164,10 @@ def _search(command: argparse.ArgumentParser) -> None:
 
 
 def _forest(command: argparse.ArgumentParser) -> None:
-    """Add the settings of a forest."""
+    """Add the settings of a forest; one that is not typed is None, for what is typed is not searched over."""
     forest = command.add_argument_group("forest (names and meanings are scikit-learn's)")
-    forest.add_argument("--forest", choices=("random-forest", "extra-trees"), default="random-forest", help="the kind")
-    forest.add_argument("--trees", type=WHOLE, default=100, metavar="N", help="how many (%(default)s)")
+    forest.add_argument("--forest", choices=("random-forest", "extra-trees"), help="the kind (random-forest)")
+    forest.add_argument("--trees", type=WHOLE, metavar="N", help="how many (100)")
     forest.add_argument("--max-depth", type=WHOLE, metavar="N", help="of a tree (as deep as it gets)")
     forest.add_argument(
         "--max-features",
@@ -174,9 +175,7 @@ def _forest(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tried for a split: sqrt, log2, or a share of all (sqrt, and 1.0 for a quantity)",
     )
-    forest.add_argument(
-        "--min-samples-leaf", type=WHOLE, default=1, metavar="N", help="windows in a leaf (%(default)s)"
-    )
+    forest.add_argument("--min-samples-leaf", type=WHOLE, metavar="N", help="windows in a leaf (1)")
     forest.add_argument(
         "--class-weight", choices=("balanced", "balanced_subsample"), help="let rare classes count as much as others"
     )

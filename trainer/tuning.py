@@ -6,7 +6,7 @@ heavy happens wherever joblib is told to work (see `trainer.backend`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -48,6 +48,7 @@ def tune(
     candidates: int | None = None,
     spec: FeatureSpec = COMPACT_SPEC,
     forest: ForestSpec = HUNDRED_TREES,
+    fixed: Collection[str] = (),
     folds: int = 5,
     seed: int = 0,
     jobs: int = -1,
@@ -65,6 +66,7 @@ def tune(
         candidates: likewise.
         spec: the features, and the windows they are computed from.
         forest: the settings that are not searched.
+        fixed: those of them that the default grid would search, and must not.
         folds: see `trainer.search.search`.
         seed: of the search and of the training.
         jobs: processor cores to use; -1 is all of them. The result does not depend on it.
@@ -77,7 +79,7 @@ def tune(
     """
     out = Path(out)
     check_replaceable(out)
-    grid = grid or _default(strategy, dataset.task)
+    grid = grid or _default(strategy, dataset.task, fixed)
     check(grid, dataset.task, forest)
     try:
         featurizer = Featurizer(spec)
@@ -100,6 +102,7 @@ def tune(
     return Tuned(found, fit(dataset, out, spec=spec, forest=best, search=found, **shared, **training))
 
 
-def _default(strategy: Strategy, task: str) -> Grid:
+def _default(strategy: Strategy, task: str, fixed: Collection[str]) -> Grid:
     grid = DEFAULT_GRIDS[strategy]
-    return {name: grid[name] for name in grid if task == "classification" or name != "class_weight"}
+    left_out = {*fixed} if task == "classification" else {*fixed, "class_weight"}
+    return {name: grid[name] for name in grid if name not in left_out}

@@ -98,12 +98,22 @@ class TestCommand:
         assert "halving" == msgspec.convert(found, Search).strategy
         assert 2 == len(found["candidates"])
 
+    def test_what_is_typed_is_not_searched(self, machines: Path, tmp_path: Path) -> None:
+        """An option of the forest holds for every candidate, though the grid of a random search has others."""
+        options = ["--strategy", "random", "--candidates", "2", "--trees", "3", "--forest", "extra-trees"]
+        assert 0 == main(["tune", str(machines), "--out", str(tmp_path / "out"), *options, *self.OPTIONS])
+        manifest = bundle.load(tmp_path / "out").manifest
+        assert (3, "extra-trees") == (manifest.forest["n_estimators"], manifest.forest["kind"])
+        assert manifest.search is not None
+        assert {*WIDE_GRID} - {"n_estimators", "kind"} == {*manifest.search["best"]}
+
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
             (["--param", "depth=3"], "a forest has no parameter 'depth'"),
             (["--param", "max_depth"], "'max_depth' is no parameter"),
             (["--grid", "nowhere.toml"], "nowhere.toml cannot be read as a grid"),
+            (["--max-depth", "3", "--param", "max_depth=3,4"], "--max-depth fixes max_depth, and --param or --grid"),
             (["--backend", "dask"], "--backend dask needs --scheduler ADDRESS"),
             (["--scheduler", "tcp://10.0.0.1:8786"], "is for --backend dask"),
         ],
