@@ -62,7 +62,7 @@ def classification(probabilities: Vector, truth: Codes, groups: NDArray[Any], *,
         found[f"top{TOP}"] = _sums(weights, rows, (first == truth[:, None]).any(axis=1)[:, None])[:, 0] / total
     gaps = (right - confidence)[:, None] * (_bin(confidence)[:, None] == np.arange(BINS))
     found["calibration_error"] = np.abs(_sums(weights, rows, gaps)).sum(axis=1) / total
-    return _measures(found)
+    return _measures(found, groups=weights.shape[1])
 
 
 def regression(scores: Vector, truth: Vector, groups: NDArray[Any], *, seed: int = 0) -> Measures:
@@ -88,7 +88,7 @@ def regression(scores: Vector, truth: Vector, groups: NDArray[Any], *, seed: int
     if scores.shape[1] > 2:
         within = (scores[:, 2] <= truth) & (truth <= scores[:, 3])
         found["coverage"] = _sums(weights, rows, within[:, None])[:, 0] / total
-    return _measures(found)
+    return _measures(found, groups=weights.shape[1])
 
 
 def per_class(
@@ -195,15 +195,17 @@ def _known_mean(draws: Vector) -> Vector:
     return mean
 
 
-def _measures(found: dict[str, Vector]) -> Measures:
-    """Return the first of all draws as the value, and where the middle 95 % of the others lie.
+def _measures(found: dict[str, Vector], *, groups: int) -> Measures:
+    """Return the first of all draws as the value, and where the middle 95 % of the others lie, unless all are one.
 
     The interval is widened to the value where it would not hold it: drawn data calibrate worse than any.
     """
     measures = {}
     for name, draws in found.items():
         value = float(draws[0])
-        if np.isfinite(value):
+        if np.isfinite(value) and groups == 1:
+            measures[name] = Measure(value, None, None)
+        elif np.isfinite(value):
             low, high = np.nanpercentile(draws[1:], [2.5, 97.5]).tolist()
             measures[name] = Measure(value, min(low, value), max(high, value))
     return measures

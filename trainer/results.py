@@ -12,11 +12,14 @@ import msgspec
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """A number and its 95 % interval, from drawing whole groups again (the bootstrap of Efron 1979)."""
+    """A number and its 95 % interval, from drawing whole groups again (the bootstrap of Efron 1979).
+
+    A single group drawn again is the same group, and tells nothing of how groups differ: then there is no interval.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 Measures = dict[str, Measure]

@@ -34,6 +34,8 @@ SHARES: Final = frozenset({"accuracy", "top3", "coverage", "calibration_error"})
 IN_UNITS: Final = frozenset({"mae", "rmse"})
 """Measures that are in the unit of the label."""
 
+NO_INTERVAL: Final = "one group: no interval"
+
 
 class Row(NamedTuple):
     """One measure in words; what was not measured is an empty text."""
@@ -67,7 +69,9 @@ def figure(name: str, value: float) -> str:
 
 
 def interval(name: str, measure: Measure) -> str:
-    """Return the 95 % interval of the measure ``name``; the sign of a percentage stands before it."""
+    """Return the 95 % interval of the measure ``name``, or why it has none; the sign of a percentage stands before."""
+    if measure.low is None or measure.high is None:
+        return NO_INTERVAL
     low, high = (figure(name, value).removesuffix(" %") for value in (measure.low, measure.high))
     return f"{low} to {high}"
 
@@ -105,10 +109,12 @@ def headline(evaluation: Evaluation, search: Search | None = None) -> str:
     unheard = search.held_out if search else {}
     name, measure = next(iter((unheard or evaluation.clip).items()))
     value, between = figure(name, measure.value), interval(name, measure)
+    if between != NO_INTERVAL:
+        between = f"95 % interval {between}"
     clips = f"clips that {'the search' if unheard else 'it'} had never heard"
     if name == "accuracy":
-        return f"Of {clips}, it named {value} right (95 % interval {between})."
-    return f"On {clips}, its {title(name, evaluation.label)} is {value} (95 % interval {between})."
+        return f"Of {clips}, it named {value} right ({between})."
+    return f"On {clips}, its {title(name, evaluation.label)} is {value} ({between})."
 
 
 def silence(evaluation: Evaluation) -> str:

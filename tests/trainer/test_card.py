@@ -67,9 +67,10 @@ class TestContent:
         text = card.markdown(found)
         accuracy = found.evaluation.clip["accuracy"]
         inside = cells(text)
-        assert {f"{100 * accuracy.value:.1f} %", f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"} <= set(
-            inside
-        )
+        assert accuracy.low is not None
+        assert accuracy.high is not None
+        interval = f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
+        assert {f"{100 * accuracy.value:.1f} %", interval} <= set(inside)
         assert set(found.evaluation.classes) <= set(inside)
         assert {"spec.sample_rate", "seed", *found.manifest.versions, model_hash(found.manifest)} <= set(inside)
         assert found.evaluation.how in text

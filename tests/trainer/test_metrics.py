@@ -16,9 +16,17 @@ from sklearn.metrics import (
 
 from trainer import metrics
 from trainer.metrics import classification, per_class, regression, reliability
+from trainer.results import Measure
 from worker.profile import Vector
 
 Drawn = tuple[Vector, metrics.Codes, metrics.Codes]
+
+
+def ends(measure: Measure) -> tuple[float, float]:
+    """Return the interval of a measure that has one."""
+    assert measure.low is not None
+    assert measure.high is not None
+    return measure.low, measure.high
 
 
 @pytest.fixture(params=[0, 1])
@@ -74,7 +82,8 @@ class TestClassification:
         low, high = np.percentile([right[row].mean() for row in rows], [2.5, 97.5])
         assert (low, high) == pytest.approx((found["accuracy"].low, found["accuracy"].high))
         areas = [roc_auc_score(truth[row], scores[row], multi_class="ovr") for row in rows[:30]]
-        assert found["auroc"].low < np.mean(areas) < found["auroc"].high
+        low, high = ends(found["auroc"])
+        assert low < np.mean(areas) < high
 
     def test_a_group_is_drawn_as_a_whole(self) -> None:
         """If clips of a group are right or wrong together they say less than they seem to: the interval is wider."""
@@ -84,7 +93,14 @@ class TestClassification:
         whole = classification(scores, truth, np.repeat(np.arange(20), 10))["accuracy"]
         alone = classification(scores, truth, np.arange(200))["accuracy"]
         assert whole.value == alone.value
-        assert 2.5 * (alone.high - alone.low) < whole.high - whole.low
+        assert 2.5 * np.ptp(ends(alone)) < np.ptp(ends(whole))
+
+    def test_one_group_has_no_interval(self) -> None:
+        """Drawn again it is the same: a width of nothing would say that all is known."""
+        scores, truth = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.array([0, 1, 0])
+        assert Measure(2 / 3, None, None) == classification(scores, truth, np.zeros(3))["accuracy"]
+        values = np.array([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]])
+        assert Measure(0.5, None, None) == regression(values, np.array([1.0, 2.5, 4.0]), np.zeros(3))["mae"]
 
     def test_what_is_not_defined_is_left_out(self) -> None:
         """Clips of one class only have an accuracy, and no area under a curve."""
@@ -111,7 +127,9 @@ class TestRegression:
             "coverage": np.mean(np.abs(error) <= 2),
         }
         assert expected == pytest.approx({name: each.value for name, each in found.items()})
-        assert all(each.low < each.value < each.high for each in found.values())
+        for each in found.values():
+            low, high = ends(each)
+            assert low < each.value < high
 
     def test_without_intervals_there_is_no_coverage(self) -> None:
         """A forest's own scores have none."""

@@ -126,6 +126,8 @@ class TestContent:
         text = re.sub(r"\s+", " ", Page(page).text)
         accuracy = found.evaluation.clip["accuracy"]
         assert f"it named {100 * accuracy.value:.1f} % right" in text
+        assert accuracy.low is not None
+        assert accuracy.high is not None
         assert f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}" in text
         assert "Do not quote the leaky split." in text
         cells = set(Page(page).cells)

@@ -144,7 +144,10 @@ class TestHonesty:
         changed = search(other, GRID)
         assert timeless(found)[:2] == timeless(changed)[:2]
         assert found.held_out["accuracy"] != changed.held_out["accuracy"]
-        assert found.held_out["accuracy"].low <= found.held_out["accuracy"].value <= found.held_out["accuracy"].high
+        accuracy = found.held_out["accuracy"]
+        assert accuracy.low is not None
+        assert accuracy.high is not None
+        assert accuracy.low <= accuracy.value <= accuracy.high
 
     def test_copies_are_not_searched_with(self, classes: Windows) -> None:
         """Windows that somebody has made of others are no evidence."""

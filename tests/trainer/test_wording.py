@@ -43,6 +43,15 @@ class TestMeasures:
         assert "86.0 to 93.0" == wording.interval("accuracy", Measure(0.9, 0.86, 0.93))
         assert "0.9 to 1.1" == wording.interval("rmse", Measure(1.0, 0.9, 1.1))
 
+    def test_one_group_has_no_interval(self) -> None:
+        """It is said why, and not from where to where nothing is known."""
+        alone = Measure(0.857, None, None)
+        assert "one group: no interval" == wording.interval("accuracy", alone)
+        expected = "Of clips that it had never heard, it named 85.7 % right (one group: no interval)."
+        evaluation = msgspec.structs.replace(EVALUATION, clip={"accuracy": alone}, window={})
+        assert expected == wording.headline(evaluation)
+        assert ("85.7 %", "one group: no interval") == wording.rows(evaluation)[0][1:3]
+
     def test_titles(self) -> None:
         """An error says what it is measured in; a measure that is new keeps its name."""
         assert "mean absolute error in rpm" == wording.title("mae", "rpm")
