@@ -66,16 +66,28 @@ def from_folders(data: Path, label: str, group: str | None = None) -> list[Liste
         raise Fatal(f"{data} has no manifest ({', '.join(MANIFESTS)}), so there is no column {asked!r} in it")
     paths = sorted(path for path in data.glob("*/**/*") if _is_sound(path))
     if not paths:
-        raise Fatal(
-            f"{data} holds no clips; expected a folder for each class with sounds in it "
-            f"({', '.join(sorted(SUFFIXES))}), or a manifest ({', '.join(MANIFESTS)})"
-        )
+        raise Fatal(f"{data} holds no clips{_instead(data)}")
     listed = []
     for path in paths:
         # A name on a disk need not be UTF-8; a name in a manifest, a report or a prediction must be.
         name = path.relative_to(data).as_posix().encode(errors="backslashreplace").decode()
         listed.append(Listed(path, name, name.partition("/")[0], name, None, 0.0, None, str(path)))
     return listed
+
+
+def _instead(data: Path) -> str:
+    """Say what lies in a folder without clips, and what is to be done about it."""
+    direct = sum(map(_is_sound, data.iterdir()))
+    table = min(data.glob("*.csv"), default=None)
+    if not direct and table is None:
+        return (
+            f"; expected a folder for each class with sounds in it ({', '.join(sorted(SUFFIXES))}), "
+            f"or a manifest ({', '.join(MANIFESTS)})"
+        )
+    lie = f" in folders: {direct} sound{' lies' if direct == 1 else 's lie'} directly in it" if direct else ""
+    if table is not None:
+        return f"{lie}; if {table.name} lists them, pass {table}"
+    return f"{lie}; put each class into a folder of its own, or name a CSV"
 
 
 def from_csv(manifest: Path, label: str, group: str | None = None) -> tuple[str, list[Listed]]:

@@ -107,6 +107,17 @@ class TestFolders:
         with pytest.raises(Fatal, match="nowhere does not exist"):
             load(tmp_path / "nowhere")
 
+    def test_sounds_that_lie_directly_in_the_folder(self, tmp_path: Path) -> None:
+        """They have no class: they are counted, and what can be done is said; a table beside them is named."""
+        write_sound(tmp_path / "a.wav")
+        write_sound(tmp_path / "b.wav")
+        with pytest.raises(Fatal, match=r"2 sounds lie directly in it; put each class into a folder of its own"):
+            load(tmp_path)
+        write_manifest(tmp_path / "labels.csv", [{"file": "a.wav", "label": "x"}, {"file": "b.wav", "label": "y"}])
+        with pytest.raises(Fatal, match=r"2 sounds lie directly in it; if labels\.csv lists .*pass .*/labels\.csv$"):
+            load(tmp_path)
+        assert 2 == len(load(tmp_path / "labels.csv").clips)
+
 
 class TestManifest:
     @pytest.mark.parametrize("name", ["manifest.csv", "meta.csv", "metadata.csv", "meta/esc50.csv"])
