@@ -265,3 +265,10 @@ class TestTheseRules:
         file.write_bytes(content)
 
         assert expected == is_recording(file)
+
+
+def test_a_worker_does_not_import_librosa() -> None:
+    """It compiles when it is imported, and cannot be where no folder may be written to keep that in."""
+    found = [each for path, source in sources("worker").items() for each in imports(source, path)]
+    assert "numba" in {each.package for each in found}
+    assert [] == [each for each in found if each.package == "librosa"]

@@ -12,12 +12,10 @@ waveforms, so no bit depends on what else is computed, or on a number of threads
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
 
-import librosa.filters
 import numpy as np
 import scipy.fft
 import scipy.ndimage
@@ -35,6 +33,10 @@ AMIN: Final = 1e-10  # librosa's floor under a power before its logarithm
 ROLLOFF: Final = 0.85  # librosa's share of the magnitude below the roll-off frequency
 ZERO: Final = 1e-10  # librosa's amplitude up to which a sample counts as zero, hence as positive
 TINY: Final = np.finfo(np.float32).tiny  # librosa normalises a spectrum only if it sums to this much
+
+MEL_KNEE: Final = 1000.0  # Hz, up to which mels are evenly spaced
+MEL_STEP: Final = 200 / 3  # Hz, one mel there
+MEL_LOG_STEP: Final = np.log(6.4) / 27  # one mel above, where 27 of them are a factor of 6.4
 
 CONTRAST_FMIN: Final = 200.0  # Hz, the top of librosa's lowest contrast band; each further band is an octave
 CONTRAST_BANDS: Final = 6  # octaves above CONTRAST_FMIN, as far as they start below Nyquist
@@ -358,10 +360,17 @@ def _extremes(magnitudes: Floats, count: int) -> Array:
 
 
 def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:
-    with warnings.catch_warnings(record=True):  # librosa warns of what is an error here
-        filters = librosa.filters.mel(
-            sr=sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax
-        )
+    """Return triangles of equal area, evenly spaced in mel (Slaney 1998), shape (n_mels, bins), as float32.
+
+    librosa has the same; but whoever imports it compiles, and needs a folder to keep that in.
+    """
+    lowest, highest = (_mel(hz) for hz in (spec.fmin, sample_rate / 2 if spec.fmax is None else spec.fmax))
+    edges = _hertz(np.linspace(lowest, highest, spec.n_mels + 2))
+    slopes = np.subtract.outer(edges, np.fft.rfftfreq(spec.n_fft, 1 / sample_rate))
+    widths = np.diff(edges)[:, np.newaxis]
+    triangles = np.minimum(-slopes[:-2] / widths[:-1], slopes[2:] / widths[1:])
+    filters = np.maximum(0, triangles).astype(np.float32)
+    filters *= (2.0 / (edges[2:] - edges[:-2]))[:, np.newaxis]
     empty = np.count_nonzero(filters.max(axis=-1) == 0)
     if empty:
         raise ValueError(
@@ -369,6 +378,18 @@ def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:
             "expected fewer, or a larger n_fft"
         )
     return filters
+
+
+def _mel(hertz: float) -> float:
+    """Return a frequency on Slaney's mel scale: even up to `MEL_KNEE`, and in octaves above."""
+    if hertz < MEL_KNEE:
+        return hertz / MEL_STEP
+    return float(MEL_KNEE / MEL_STEP + np.log(hertz / MEL_KNEE) / MEL_LOG_STEP)
+
+
+def _hertz(mel: Array) -> Array:
+    above = MEL_KNEE * np.exp(MEL_LOG_STEP * (mel - MEL_KNEE / MEL_STEP))
+    return np.where(mel < MEL_KNEE / MEL_STEP, MEL_STEP * mel, above)
 
 
 def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, int], ...]:

@@ -550,3 +550,21 @@ def test_silence_is_not_amplified_without_end() -> None:
     assert pytest.approx([77.0, 77.0, -23 - 20 * np.log10(LIMIT)], abs=1e-4) == gains
     assert np.isfinite(features).all()
     assert 0.0 == features[0, featurizer.feature_names.index("rms.mean")]
+
+
+@pytest.mark.parametrize("band", [(0.0, None), (50.0, 3500.0), (1200.0, 3900.0)])
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
+def test_mel_filters_are_librosas_to_the_bit(rate: int, band: tuple[float, float | None]) -> None:
+    """Below the knee of the scale, above it and across; of lengths of frames that are powers of two and not."""
+    for n_fft, n_mels in ((1024, 20), (2048, 64), (1200, 32)):
+        spec = FrameStatistics(
+            name="mel",
+            n_fft=n_fft,
+            win_length=n_fft,
+            n_mels=n_mels,
+            fmin=band[0],
+            fmax=band[1],
+            families=("mel",),
+        )
+        expected = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=n_mels, fmin=band[0], fmax=band[1])
+        assert expected.tobytes() == Tables.of(spec, rate, ()).mel.weights.tobytes()
