@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -100,6 +101,8 @@ def from_csv(manifest: Path, label: str, group: str | None = None) -> tuple[str,
     """
     columns, rows = _table(manifest)
     file_column = next((column for column in FILE_COLUMNS if column in columns), None)
+    if file_column is None and ";" in "".join(columns):
+        raise Fatal(f"{manifest} seems to be separated by ';'; expected commas: save it as comma-separated values")
     if file_column is None:
         raise Fatal(
             f"{manifest} has none of the columns {', '.join(FILE_COLUMNS)}; it has {', '.join(columns) or 'no header'}"
@@ -117,9 +120,9 @@ def from_csv(manifest: Path, label: str, group: str | None = None) -> tuple[str,
     if missing:
         raise Fatal(f"{manifest} has no column {missing[0]!r} to group by; it has {', '.join(columns)}")
     fold = "fold" if "fold" in columns else None
+    paths = _paths(manifest.parent, ((where, row[file_column]) for where, row in rows))
     return label, [
-        _listed(manifest.parent, row, where, file=file_column, label=label, group=group, fold=fold)
-        for where, row in rows
+        _listed(paths, row, where, file=file_column, label=label, group=group, fold=fold) for where, row in rows
     ]
 
 
@@ -139,13 +142,12 @@ def _table(manifest: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]
 
 
 def _listed(
-    folder: Path, row: dict[str, str], where: str, *, file: str, label: str, group: str, fold: str | None
+    paths: Mapping[str, Path], row: dict[str, str], where: str, *, file: str, label: str, group: str, fold: str | None
 ) -> Listed:
     groups = group.split("+")
     for column in (file, label, *groups, fold):
         if column and not row[column]:
             raise Fatal(f"{where}: the column {column!r} is empty; fill it in, or remove the row")
-    path = _find(folder, row[file], where)
     start = _seconds(row, "start", where) or 0.0
     end = _seconds(row, "end", where)
     if end is not None and end <= start:
@@ -154,7 +156,7 @@ def _listed(
     if start or end is not None:
         name = f"{name}@{row.get('start') or '0'}-{row.get('end', '')}"
     together = "+".join(row[column] for column in groups)
-    return Listed(path, name, row[label], together, row[fold] if fold else None, start, end, where)
+    return Listed(paths[row[file]], name, row[label], together, row[fold] if fold else None, start, end, where)
 
 
 def _seconds(row: dict[str, str], column: str, where: str) -> float | None:
@@ -176,12 +178,23 @@ def finite_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _find(folder: Path, name: str, where: str) -> Path:
-    places = (folder / name, folder / "audio" / name, folder.parent / "audio" / name)
-    for path in places:
-        if path.is_file():
-            return path
-    raise Fatal(f"{where}: there is no file {name!r}; looked for {', '.join(map(str, places))}")
+def _paths(folder: Path, listed: Iterable[tuple[str, str]]) -> dict[str, Path]:
+    """Return where each file lies, of places in the manifest and the names that stand there."""
+    found: dict[str, Path] = {}
+    missing: dict[str, str] = {}
+    for where, name in listed:
+        if not name or name in found or name in missing:
+            continue
+        places = (folder / name, folder / "audio" / name, folder.parent / "audio" / name)
+        path = next((path for path in places if path.is_file()), None)
+        if path is None:
+            missing[name] = f"{where}: there is no file {name!r}; looked for {', '.join(map(str, places))}"
+        else:
+            found[name] = path
+    if missing:
+        first = next(iter(missing.values()))
+        raise Fatal(f"{first} (missing: {len(missing)} of {len(missing) + len(found)} files)")
+    return found
 
 
 def _is_sound(path: Path) -> bool:

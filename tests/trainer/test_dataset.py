@@ -229,6 +229,21 @@ class TestMistakes:
         with pytest.raises(Fatal, match="row 3: the column 'label' is empty"):
             load(tmp_path)
 
+    def test_missing_files_are_counted(self, tmp_path: Path) -> None:
+        """The first stands for all: whether a single one is lost or all lie elsewhere, is told by their number."""
+        manifest = listed(tmp_path, ["a", "b", "c"])
+        manifest.write_text(manifest.read_text() + "1.wav,d\n")
+        for number in (1, 2):
+            (tmp_path / f"{number}.wav").unlink()
+        with pytest.raises(Fatal, match=r"row 3: there is no file '1\.wav'; .* \(missing: 2 of 3 files\)$"):
+            load(manifest)
+
+    def test_semicolons_are_no_commas(self, tmp_path: Path) -> None:
+        """Many spreadsheets write them."""
+        (tmp_path / "meta.csv").write_text("filename;label\na.wav;cat\n")
+        with pytest.raises(Fatal, match=r"meta\.csv seems to be separated by ';'; expected commas"):
+            load(tmp_path)
+
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         """With its row, and the places that were searched."""
         manifest = listed(tmp_path, ["a", "b"])
