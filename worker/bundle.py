@@ -137,8 +137,9 @@ class Bundle:
 
         Raises:
             ValueError: a waveform has another shape, or no sample.
-            TypeError: a waveform is neither float32 nor int16.
+            TypeError: they are no list of waveforms, or a waveform is neither float32 nor int16.
         """
+        _expect_waveforms(waveforms)
         if not len(waveforms):
             return []
         answers = self._heard(waveforms)
@@ -154,6 +155,7 @@ class Bundle:
         """
         if self.manifest.task == "regression":
             raise TypeError("this model is a regressor and has no probabilities; call predict")
+        _expect_waveforms(waveforms)
         return self._heard(waveforms) if len(waveforms) else np.empty((0, len(self.manifest.classes)))
 
     def _heard(self, waveforms: Sequence[Waveform]) -> Vector:
@@ -335,6 +337,20 @@ def _unpickle(path: Path, name: str, contents: dict[str, bytes]) -> Any:
 def _expect(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"{what} are {found}, expected {expected}")
+
+
+def _expect_waveforms(waveforms: Any) -> None:
+    """Do nothing if these may be waveforms; a path, a list of paths and a bare waveform are what else is given.
+
+    Raises:
+        TypeError: they are one of those.
+    """
+    if isinstance(waveforms, str | Path) or any(np.ndim(each) == 0 for each in waveforms):
+        given = "a single waveform" if isinstance(waveforms, np.ndarray) else "no list of waveforms"
+        raise TypeError(
+            f"this is {given}; pass a list of waveforms, as in [samples], each an array of float32 or int16 "
+            "that was read from its file before"
+        )
 
 
 def _dump(value: Any) -> bytes:

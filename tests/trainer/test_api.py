@@ -6,7 +6,9 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import trainer
@@ -24,6 +26,25 @@ def test_a_notebook(tmp_path: Path) -> None:
     assert 1.0 == trainer.evaluate(str(tmp_path / "bundle"), data).evaluation.clip["accuracy"].value
     model = trainer.load_bundle(str(tmp_path / "bundle"))
     assert {clips.clips[n].label for n in (0, 1)} == set(model.manifest.classes)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (np.zeros(16_000, np.float32), "this is a single waveform; pass a list of waveforms"),
+        ("clip.wav", "this is no list of waveforms; pass a list"),
+        (Path("clip.wav"), "this is no list of waveforms; pass a list"),
+        (["clip.wav"], "this is no list of waveforms; pass a list"),
+        ((np.zeros(16_000, np.float32), 16_000), "this is no list of waveforms; pass a list"),
+    ],
+    ids=["waveform", "text", "path", "paths", "with its rate"],
+)
+def test_what_is_no_list_of_waveforms(machine_bundle: Path, given: Any, complaint: str) -> None:
+    """It is said what to pass instead, whatever is asked."""
+    model = trainer.load_bundle(machine_bundle)
+    for ask in (model.predict, model.predict_proba):
+        with pytest.raises(TypeError, match=complaint):
+            ask(given)
 
 
 @pytest.mark.parametrize("name", trainer.FOUND_IN)
