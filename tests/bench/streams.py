@@ -149,16 +149,24 @@ def _reader(address: str, topic: str) -> Iterator[confluent_kafka.Consumer]:
     )
     try:
         partitions = consumer.list_topics(topic, 10).topics[topic].partitions
-        ends = [
-            confluent_kafka.TopicPartition(
-                topic, p, consumer.get_watermark_offsets(confluent_kafka.TopicPartition(topic, p), 10)[1]
-            )
-            for p in partitions
-        ]
+        ends = [confluent_kafka.TopicPartition(topic, p, _end(consumer, topic, p)) for p in partitions]
         consumer.assign(ends)
         yield consumer
     finally:
         consumer.close()
+
+
+def _end(consumer: confluent_kafka.Consumer, topic: str, partition: int) -> int:
+    """Return where a partition ends; one that has just been made may have no leader yet."""
+    deadline = time.monotonic() + MEMBER_SILENCE
+    while True:
+        try:
+            _, end = consumer.get_watermark_offsets(confluent_kafka.TopicPartition(topic, partition), 10)
+        except confluent_kafka.KafkaException as error:
+            if not error.args[0].retriable() or time.monotonic() > deadline:
+                raise
+        else:
+            return int(end)
 
 
 class _At(msgspec.Struct):
