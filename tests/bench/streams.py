@@ -162,9 +162,10 @@ def _end(consumer: confluent_kafka.Consumer, topic: str, partition: int) -> int:
     while True:
         try:
             _, end = consumer.get_watermark_offsets(confluent_kafka.TopicPartition(topic, partition), 10)
-        except confluent_kafka.KafkaException as error:
-            if not error.args[0].retriable() or time.monotonic() > deadline:
+        except confluent_kafka.KafkaException:
+            if time.monotonic() > deadline:
                 raise
+            time.sleep(0.05)  # the distance between two looks
         else:
             return int(end)
 
