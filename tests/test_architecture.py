@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
     *("errors", "messages", "wav", "audio"),
-    *("compiled", "fourier", "windows", "frames", "statistics", "rhythm", "pitch", "features", "forest"),
+    *("compiled", "fourier", "windows", "filters", "frames", "statistics", "rhythm", "pitch", "features", "forest"),
     *("profile", "calibration", "golden", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
     *("config", "security", "broker", "watchdog", "kafka_cluster", "broker_kafka", "broker_sqlite"),

@@ -21,6 +21,7 @@ import scipy.fft
 import scipy.ndimage
 
 from worker.compiled import compiled
+from worker.filters import Filters, filtered, mel_filters
 from worker.windows import Array, FeatureSet, Floats, Stft, Window
 
 Family = Literal[
@@ -33,10 +34,6 @@ AMIN: Final = 1e-10  # librosa's floor under a power before its logarithm
 ROLLOFF: Final = 0.85  # librosa's share of the magnitude below the roll-off frequency
 ZERO: Final = 1e-10  # librosa's amplitude up to which a sample counts as zero, hence as positive
 TINY: Final = np.finfo(np.float32).tiny  # librosa normalises a spectrum only if it sums to this much
-
-MEL_KNEE: Final = 1000.0  # Hz, up to which mels are evenly spaced
-MEL_STEP: Final = 200 / 3  # Hz, one mel there
-MEL_LOG_STEP: Final = np.log(6.4) / 27  # one mel above, where 27 of them are a factor of 6.4
 
 CONTRAST_FMIN: Final = 200.0  # Hz, the top of librosa's lowest contrast band; each further band is an octave
 CONTRAST_BANDS: Final = 6  # octaves above CONTRAST_FMIN, as far as they start below Nyquist
@@ -95,20 +92,6 @@ class FrameSpec(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         )
 
 
-class Filters(NamedTuple):
-    """Weights of sums over neighbouring rows: what is outside of ``starts`` to ``stops`` is zero, and left out."""
-
-    weights: Array  # (filters, rows)
-    starts: Array  # (filters,)
-    stops: Array  # (filters,)
-
-    @classmethod
-    def of(cls, weights: Array) -> Filters:
-        """Find where each of the filters, shape (filters, rows), begins and ends."""
-        some = weights != 0
-        return cls(weights, some.argmax(axis=1), weights.shape[1] - some[:, ::-1].argmax(axis=1))
-
-
 class Tables(NamedTuple):
     """What a spec fixes and librosa would compute on every call."""
 
@@ -126,7 +109,11 @@ class Tables(NamedTuple):
                 finer than the resolution of n_fft.
         """
         frequencies = np.fft.rfftfreq(spec.n_fft, 1 / sample_rate)
-        mel, bands = Filters.of(_mel_filters(spec, sample_rate)), _contrast_bands(sample_rate, frequencies)
+        fmax = sample_rate / 2 if spec.fmax is None else spec.fmax
+        mel, bands = (
+            Filters.of(mel_filters(sample_rate, spec.n_fft, spec.n_mels, spec.fmin, fmax)),
+            _contrast_bands(sample_rate, frequencies),
+        )
         if "contrast" in families and any(bins.start >= bins.stop for bins, _ in bands):
             raise ValueError(
                 f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more"
@@ -166,7 +153,7 @@ class Frames:
     @cached_property
     def mel_power(self) -> Array:
         """Power in each mel filter, (n_mels, frames)."""
-        return _filtered(*self._tables.mel, self.power)
+        return filtered(*self._tables.mel, self.power)
 
     @cached_property
     def mel(self) -> Array:
@@ -176,7 +163,7 @@ class Frames:
     @cached_property
     def mfcc(self) -> Array:
         """Mel-frequency cepstral coefficients (Davis and Mermelstein 1980), (n_mfcc, frames)."""
-        return _filtered(*self._tables.cosines, self.mel)
+        return filtered(*self._tables.cosines, self.mel)
 
     @cached_property
     def delta(self) -> Array:
@@ -265,20 +252,6 @@ def _savgol(rows: Floats, kernel: Array) -> Floats:
 
 
 @compiled
-def _filtered(weights: Array, starts: Array, stops: Array, rows: Floats) -> Array:
-    """Return the weighted sums of rows, shape (filters, frames), summed in the precision of the weights."""
-    n_frames = rows.shape[1]
-    sums = np.zeros((len(weights), n_frames), weights.dtype)
-    for band in range(len(weights)):
-        total = sums[band]
-        for k in range(starts[band], stops[band]):
-            weight, row = weights[band, k], rows[k]
-            for t in range(n_frames):
-                total[t] += weight * row[t]
-    return sums
-
-
-@compiled
 def _shapes(magnitudes: Floats, frequencies: Array, share: np.float32) -> Array:
     """Return centroid, bandwidth and roll-off at ``share`` of each frame, shape (3, frames).
 
@@ -357,39 +330,6 @@ def _extremes(magnitudes: Floats, count: int) -> Array:
             extremes[0, t] += lowest[place, t]
             extremes[1, t] += highest[place, t]
     return extremes / count
-
-
-def _mel_filters(spec: FrameSpec, sample_rate: int) -> Array:
-    """Return triangles of equal area, evenly spaced in mel (Slaney 1998), shape (n_mels, bins), as float32.
-
-    librosa has the same; but whoever imports it compiles, and needs a folder to keep that in.
-    """
-    lowest, highest = (_mel(hz) for hz in (spec.fmin, sample_rate / 2 if spec.fmax is None else spec.fmax))
-    edges = _hertz(np.linspace(lowest, highest, spec.n_mels + 2))
-    slopes = np.subtract.outer(edges, np.fft.rfftfreq(spec.n_fft, 1 / sample_rate))
-    widths = np.diff(edges)[:, np.newaxis]
-    triangles = np.minimum(-slopes[:-2] / widths[:-1], slopes[2:] / widths[1:])
-    filters = np.maximum(0, triangles).astype(np.float32)
-    filters *= (2.0 / (edges[2:] - edges[:-2]))[:, np.newaxis]
-    empty = np.count_nonzero(filters.max(axis=-1) == 0)
-    if empty:
-        raise ValueError(
-            f"n_mels is {spec.n_mels}, but {empty} of these filters lie between two bins of n_fft {spec.n_fft}; "
-            "expected fewer, or a larger n_fft"
-        )
-    return filters
-
-
-def _mel(hertz: float) -> float:
-    """Return a frequency on Slaney's mel scale: even up to `MEL_KNEE`, and in octaves above."""
-    if hertz < MEL_KNEE:
-        return hertz / MEL_STEP
-    return float(MEL_KNEE / MEL_STEP + np.log(hertz / MEL_KNEE) / MEL_LOG_STEP)
-
-
-def _hertz(mel: Array) -> Array:
-    above = MEL_KNEE * np.exp(MEL_LOG_STEP * (mel - MEL_KNEE / MEL_STEP))
-    return np.where(mel < MEL_KNEE / MEL_STEP, MEL_STEP * mel, above)
 
 
 def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, int], ...]:

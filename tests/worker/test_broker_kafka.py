@@ -94,6 +94,12 @@ def share(*sessions: KafkaSession) -> dict[KafkaSession, frozenset[int]]:
     return owned
 
 
+def lead(one: KafkaSession, two: KafkaSession) -> tuple[KafkaSession, KafkaSession]:
+    """Let two sessions share the partitions, and return the leader of the group first."""
+    share(one, two)
+    return (two, one) if one._consumer._coordinator._assignment_snapshot is None else (one, two)
+
+
 def committed(broker: KafkaBroker, topic: str) -> list[Record]:
     """Everything that a reader of ``topic`` can see now."""
     records: list[Record] = []
@@ -180,9 +186,7 @@ def test_a_successor_of_the_same_instance_takes_over_at_once(broker: KafkaBroker
 def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, group: str) -> None:
     """Its reason has gone when the next poll comes, and the member serves all the same, long before it is missed."""
     with closing(broker.join(group, "one")) as one, closing(broker.join(group, "two")) as two:
-        both = share(one, two)
-        (leader,) = (each for each in both if each._consumer._coordinator._assignment_snapshot is not None)
-        (follower,) = both.keys() - {leader}
+        leader, follower = lead(one, two)
         coordinator = leader._consumer._coordinator
         coordinator._assignment_snapshot = {}  # as if the topics had changed
         leader.poll(0.1, 1)  # the follower does not poll meanwhile, and so cannot answer
@@ -198,9 +202,7 @@ def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, g
 def test_a_rebalance_that_ends_between_two_polls_is_over(broker: KafkaBroker, group: str) -> None:
     """The member takes up what it was given then: joining once more would make all others join once more too."""
     with closing(broker.join(group, "one")) as one, closing(broker.join(group, "two")) as two:
-        both = share(one, two)
-        (leader,) = (each for each in both if each._consumer._coordinator._assignment_snapshot is not None)
-        (follower,) = both.keys() - {leader}
+        leader, follower = lead(one, two)
         coordinator = leader._consumer._coordinator
         coordinator._assignment_snapshot = {}  # as if the topics had changed
         # The follower does not poll meanwhile, and so cannot answer.
