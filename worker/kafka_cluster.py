@@ -51,7 +51,7 @@ logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 # Seconds. Each bound says which failure it ends.
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
-SETUP_TIMEOUT: Final = 1.5  # one connection whose TLS or SASL stalls, so that there is time for another; it grows
+SETUP_TIMEOUT: Final = 3.0  # one connection whose TLS or SASL stalls, so that there is time for another; it grows
 REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
 INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
 DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
