@@ -51,7 +51,6 @@ logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 # Seconds. Each bound says which failure it ends.
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
-SETUP_TIMEOUT: Final = 3.0  # one connection whose TLS or SASL stalls, so that there is time for another; it grows
 REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
 INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
 DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
@@ -612,14 +611,8 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
     """Connections that fail at once where they are refused, and not only when the time to connect is over.
 
     The client means to do so by itself, but looks for the failure before it comes; and the server
-    closes the connection with its answer, so that often the end is all that the client sees. And now
-    and then it waits for an answer of TLS that has come; another connection then gets its own.
+    closes the connection with its answer, so that often the end is all that the client sees.
     """
-
-    DEFAULT_CONFIG: Final = {
-        **KafkaConnectionManager.DEFAULT_CONFIG,
-        "socket_connection_setup_timeout_ms": ms(SETUP_TIMEOUT),  # no client can be given it
-    }
 
     async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
         answers: list[Exception] = []
