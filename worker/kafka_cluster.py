@@ -614,6 +614,18 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
     closes the connection with its answer, so that often the end is all that the client sees.
     """
 
+    async def _build_transport(self, *args: Any, **settings: Any) -> Any:
+        """Return a transport that hands on what came before the end: the client throws it away if both are there."""
+        transport = await super()._build_transport(*args, **settings)
+        receive = transport._sock_recv  # noqa: SLF001 - what it returns is dropped by its caller
+
+        def receive_first() -> tuple[bytes, Exception | None]:
+            received, error = receive()
+            return received, None if received else error  # an end that is not told comes again
+
+        transport._sock_recv = receive_first  # noqa: SLF001
+        return transport
+
     async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
         answers: list[Exception] = []
         authenticate = connection._sasl_authenticate  # noqa: SLF001 - nothing else tells

@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from kafka.net.transport import KafkaSSLTransport
 
 from tests import apache_kafka
 from tests.conftest import missing
@@ -182,6 +183,27 @@ def refusal(address: str, config: dict[str, str], capsys: pytest.CaptureFixture[
     (line,) = said.err.splitlines()
     assert address in line
     return line
+
+
+def test_a_refusal_is_read_when_the_end_of_the_connection_comes_with_it(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server hangs up once it has answered, and who looks a moment later finds both."""
+    receive = KafkaSSLTransport._sock_recv
+
+    def look_late(transport: KafkaSSLTransport) -> Any:
+        time.sleep(0.1)  # as long as a busy process may take
+        return receive(transport)
+
+    monkeypatch.setattr(KafkaSSLTransport, "_sock_recv", look_late)
+    monkeypatch.setenv("EARSHOT_KAFKA_SASL_PASSWORD", "wrong-secret")
+    config = {
+        "kafka_security_protocol": "SASL_SSL",
+        "kafka_ssl_cafile": str(cluster.authority),
+        "kafka_sasl_mechanism": "PLAIN",
+        "kafka_sasl_username": USER,
+    }
+    assert "Authentication failed" in refusal(cluster.secured, config, capsys)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
