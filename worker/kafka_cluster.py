@@ -610,12 +610,12 @@ class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships n
 class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
     """Connections that fail at once where they are refused, and not only when the time to connect is over.
 
-    The client means to do so by itself, but looks for the failure before it comes; and the server
-    closes the connection with its answer, so that often the end is all that the client sees.
+    The client means to do so by itself, but looks for the failure before it comes. And the server closes
+    the connection with its answer, so that often both are there when the client looks.
     """
 
     async def _build_transport(self, *args: Any, **settings: Any) -> Any:
-        """Return a transport that hands on what came before the end: the client throws it away if both are there."""
+        """Return a transport that hands on what came before the end: the client itself throws it away."""
         transport = await super()._build_transport(*args, **settings)
         receive = transport._sock_recv  # noqa: SLF001 - what it returns is dropped by its caller
 
@@ -627,16 +627,6 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
         return transport
 
     async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
-        answers: list[Exception] = []
-        authenticate = connection._sasl_authenticate  # noqa: SLF001 - nothing else tells
-
-        async def listen(*args: Any) -> None:
-            try:
-                await authenticate(*args)
-            except REFUSED as error:
-                answers.append(error)
-                raise
-
         def note(error: Exception) -> None:
             refused = _refused_by_tls(error)
             if refused is not None:
@@ -644,10 +634,7 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
             if isinstance(error, REFUSED):
                 self._auth_failures[node.node_id] = error
 
-        connection._sasl_authenticate = listen  # noqa: SLF001 - nor any other ear
         await super()._connect(node, connection, *args, **settings)
-        for answer in answers:
-            note(answer)
         connection.init_future.add_errback(note)
 
 
