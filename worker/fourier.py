@@ -32,6 +32,9 @@ ROW: Final = 2 * LANES
 IMAGINARY: Final = np.uint64(LANES)
 """Where it begins in a row; indices are unsigned since numba then need not look for those from the end."""
 
+BLOCK: Final = 16
+"""Samples that are taken from a piece before the next one's: as many as a line of the cache holds."""
+
 LONGEST: Final = 8192
 """Samples of a frame, up to which `_transform` has stages."""
 
@@ -43,10 +46,12 @@ class Factors(NamedTuple):
     twiddles: Array  # (n_fft / 2, 2): cosine and sine of -2 pi k / (n_fft / 2)
     halves: Array  # (n_fft / 4 + 1, 2): cosine and sine of -2 pi k / n_fft
     order: Array  # (n_fft / 2,): where the stages leave the frequency k
+    rows: Array  # (n_fft,): in which row of `_columns` a sample is
+    shifts: Array  # (n_fft,): how many columns it is from the first sample of its frame
 
     @staticmethod
     @lru_cache(maxsize=16)
-    def of(n_fft: int, win_length: int) -> Factors:
+    def of(n_fft: int, win_length: int, hop_length: int) -> Factors:
         """Compute them; ``n_fft`` is a power of two."""
         half = n_fft // 2
         order, size, stride = np.zeros(half, np.int64), half, 1
@@ -56,7 +61,15 @@ class Factors(NamedTuple):
             order += np.arange(half) // stride % radix * size
             stride *= radix
         turns = np.arange(half) / half
-        return Factors(_hann(n_fft, win_length) / 2, _circle(turns), _circle(turns[: half // 2 + 1] / 2), order)
+        samples = np.arange(n_fft, dtype=np.uint64)
+        return Factors(
+            _hann(n_fft, win_length) / 2,
+            _circle(turns),
+            _circle(turns[: half // 2 + 1] / 2),
+            order,
+            samples % np.uint64(hop_length),
+            samples // np.uint64(hop_length),
+        )
 
 
 def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length: int, win_length: int) -> Array:
@@ -72,7 +85,7 @@ def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length
     n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
     if n_fft & (n_fft - 1) or not 8 <= n_fft <= LONGEST:
         return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length))
-    spectra = _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length))
+    spectra = _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length, hop_length))
     return np.ascontiguousarray(spectra[:, :n_frames])
 
 
@@ -120,14 +133,18 @@ def _transform(half: int) -> Callable[..., Array]:
         twiddles: Array,
         halves: Array,
         order: Array,
+        rows: Array,
+        shifts: Array,
     ) -> Array:
         filled = max(n_frames, LANES)
-        columns = _columns(samples, margin, hop_length, filled + 2 * half // hop_length)
+        n_columns = filled + 2 * half // hop_length
+        columns = _columns(samples, margin, hop_length, n_columns)
+        places = rows * np.uint64(n_columns) + shifts
         spectra = np.empty((half + 1, filled), np.float32)
         z = np.empty(half * ROW)
         for block in range(0, n_frames, LANES):
             first = min(block, filled - LANES)  # the last block is full too: some frames are done twice
-            _open(columns, first, window, twiddles, z, half)
+            _open(columns, places, first, window, twiddles, z, half)
             _by_four(z, twiddles, half, half // 4)
             _by_four(z, twiddles, half, half // 16)
             _by_four(z, twiddles, half, half // 64)
@@ -144,16 +161,21 @@ def _transform(half: int) -> Callable[..., Array]:
 
 @compiled
 def _columns(samples: Array, margin: int, hop_length: int, n_columns: int) -> Array:
-    """Cut the samples every hop_length, and stand the pieces side by side: shape (hop_length, n_columns).
+    """Cut the samples every hop_length, and stand the pieces side by side: shape (hop_length * n_columns,).
 
     Sample n of frame t is then in row n % hop_length and column t + n // hop_length: the same
     sample of neighbouring frames is in neighbouring places. What is missing at the ends is zero.
     """
-    columns = np.zeros((hop_length, n_columns), np.float32)
-    for column in range(n_columns):
-        start = column * hop_length - margin
-        for row in range(max(0, -start), min(hop_length, len(samples) - start)):
-            columns[row, column] = samples[start + row]
+    padded = np.zeros(hop_length * n_columns, np.float32)
+    heard = samples[: len(padded) - margin]
+    padded[margin : margin + len(heard)] = heard
+    columns = np.empty_like(padded)
+    for top in range(0, hop_length, BLOCK):
+        rows = np.uint64(min(BLOCK, hop_length - top))
+        for column in range(n_columns):
+            source, target = np.uint64(column * hop_length + top), np.uint64(top * n_columns + column)
+            for row in range(rows):
+                columns[target + row * np.uint64(n_columns)] = padded[source + row]
     return columns
 
 
@@ -176,14 +198,14 @@ def _butterfly(
 
 
 @inlined
-def _open(columns: Array, first: int, window: Array, twiddles: Array, z: Array, half: int) -> None:
+def _open(columns: Array, places: Array, first: int, window: Array, twiddles: Array, z: Array, half: int) -> None:
     """Weigh the samples, the even ones real and the odd ones imaginary, and take the first stage with them."""
     quarter = half // 4
-    apart = np.uint64(quarter * ROW)
+    apart, start = np.uint64(quarter * ROW), np.uint64(first)
     for n in range(quarter):
         i, j, k, m = 2 * n, 2 * (n + quarter), 2 * (n + 2 * quarter), 2 * (n + 3 * quarter)
-        (a, b), (c, d) = _lanes(columns, first, i), _lanes(columns, first, j)
-        (e, f), (g, h) = _lanes(columns, first, k), _lanes(columns, first, m)
+        a, b, c, d = places[i] + start, places[i + 1] + start, places[j] + start, places[j + 1] + start
+        e, f, g, h = places[k] + start, places[k + 1] + start, places[m] + start, places[m + 1] + start
         ra, rb, rc, rd = window[i], window[i + 1], window[j], window[j + 1]
         re, rf, rg, rh = window[k], window[k + 1], window[m], window[m + 1]
         w1, v1, w2, v2 = twiddles[n, 0], twiddles[n, 1], twiddles[2 * n, 0], twiddles[2 * n, 1]
@@ -192,18 +214,10 @@ def _open(columns: Array, first: int, window: Array, twiddles: Array, z: Array, 
             p = np.uint64(n * ROW) + lane
             q, r, s = p + apart, p + 2 * apart, p + 3 * apart
             z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY], z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY] = _butterfly(
-                *(a[lane] * ra, b[lane] * rb, c[lane] * rc, d[lane] * rd),
-                *(e[lane] * re, f[lane] * rf, g[lane] * rg, h[lane] * rh),
+                *(columns[a + lane] * ra, columns[b + lane] * rb, columns[c + lane] * rc, columns[d + lane] * rd),
+                *(columns[e + lane] * re, columns[f + lane] * rf, columns[g + lane] * rg, columns[h + lane] * rh),
                 *(w1, v1, w2, v2, w3, v3),
             )
-
-
-@inlined
-def _lanes(columns: Array, first: int, sample: int) -> tuple[Array, Array]:
-    """Return a sample of each frame, and the next one."""
-    hop_length = len(columns)
-    here, there = first + sample // hop_length, first + (sample + 1) // hop_length
-    return columns[sample % hop_length, here : here + LANES], columns[(sample + 1) % hop_length, there : there + LANES]
 
 
 @inlined
