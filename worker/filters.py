@@ -64,8 +64,14 @@ def filtered(weights: Array, starts: Array, stops: Array, rows: Array) -> Array:
     n_frames = rows.shape[1]
     sums = np.zeros((len(weights), n_frames), weights.dtype)
     for band in range(len(weights)):
-        total = sums[band]
-        for k in range(starts[band], stops[band]):
+        total, start, stop = sums[band], starts[band], stops[band]
+        whole = start + (stop - start) // 4 * 4
+        for k in range(start, whole, 4):  # four for each time that the sums are read and written
+            a, b, c, d = weights[band, k], weights[band, k + 1], weights[band, k + 2], weights[band, k + 3]
+            p, q, r, s = rows[k], rows[k + 1], rows[k + 2], rows[k + 3]
+            for t in range(n_frames):
+                total[t] += a * p[t] + b * q[t] + (c * r[t] + d * s[t])
+        for k in range(whole, stop):
             weight, row = weights[band, k], rows[k]
             for t in range(n_frames):
                 total[t] += weight * row[t]

@@ -140,6 +140,16 @@ class Frames:
         bands: Floats = rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False)
         return bands
 
+    def means(self, name: str) -> Array:
+        """Return the mean of each band of that name over the frames, float64 of shape (bands,).
+
+        MFCCs are a linear map of the log-mel spectrum, and so is their mean of its mean: the frames need no MFCCs.
+        """
+        if name == "mfcc":
+            return _weighted(self._tables.cosines.weights, self.means("mel"))
+        rows = self[name]
+        return _weighted(rows, np.ones(rows.shape[1])) / rows.shape[1]
+
     @cached_property
     def stft(self) -> Array:
         """Magnitude of the short-time Fourier transform, (bins, frames)."""
@@ -228,6 +238,25 @@ class Frames:
         for piece in range(whole):
             energies += pieces[piece : piece + n_frames]
         return np.sqrt(energies / self._spec.n_fft)
+
+
+@compiled
+def _weighted(rows: Array, weights: Array) -> Array:
+    """Return the weighted sum of each row, shape (rows,); of four at a time, since each addition waits for the last."""
+    n_rows, n_columns = rows.shape
+    sums = np.zeros(n_rows)
+    for row in range(0, n_rows - 3, 4):
+        a = b = c = d = 0.0
+        for t in range(n_columns):
+            a += weights[t] * rows[row, t]
+            b += weights[t] * rows[row + 1, t]
+            c += weights[t] * rows[row + 2, t]
+            d += weights[t] * rows[row + 3, t]
+        sums[row], sums[row + 1], sums[row + 2], sums[row + 3] = a, b, c, d
+    for row in range(n_rows // 4 * 4, n_rows):
+        for t in range(n_columns):
+            sums[row] += weights[t] * rows[row, t]
+    return sums
 
 
 def _to_db(power: Array, top_db: float | None) -> Array:

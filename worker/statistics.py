@@ -74,7 +74,7 @@ class FrameExtractor:
         quantiles = [name for name in QUANTILES if name in spec.statistics]
         self._quantiles = np.array([QUANTILES[name] for name in quantiles])
         computed = (*MOMENTS, *quantiles)
-        self._only_means = spec.statistics == ("mean",)
+        self._only_means = spec.statistics == ("mean",) and spec.trim_db is None
         self._columns = [computed.index(name) for name in spec.statistics]
         self.columns = tuple(
             Column(family, band, statistic)
@@ -86,22 +86,23 @@ class FrameExtractor:
     def __call__(self, window: Window) -> Array:
         """Return the features of a window, shape (features,)."""
         frames = Frames(window, self._spec, self._tables)
+        if self._only_means:
+            return np.concatenate([frames.means(family) for family in self._spec.families])
         rows = np.concatenate([frames[family] for family in self._spec.families])
         if self._spec.trim_db is not None:
             rows = rows[:, frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)]
         ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
-        return _summarize(rows, ordered, self._quantiles, self._only_means)[:, self._columns].ravel()
+        return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
 
 
 @compiled
-def _summarize(rows: Floats, ordered: Floats, quantiles: Array, only_means: bool) -> Array:  # noqa: FBT001  # compiled functions have no keywords
+def _summarize(rows: Floats, ordered: Floats, quantiles: Array) -> Array:
     """Return `MOMENTS` and then the quantiles of each row over its frames, shape (rows, statistics).
 
     Args:
         rows: shape (rows, frames), one frame or more.
         ordered: the rows, each sorted; needed for quantiles only.
         quantiles: 0 for the lowest to 1 for the highest.
-        only_means: whether nothing else will be looked at.
     """
     n_rows, n_frames = rows.shape
     features = np.zeros((n_rows, 6 + len(quantiles)))
@@ -111,8 +112,6 @@ def _summarize(rows: Floats, ordered: Floats, quantiles: Array, only_means: bool
             total += rows[row, t]
         mean = total / n_frames
         features[row, 0] = mean
-        if only_means:
-            continue
         squares = cubes = 0.0
         for t in range(n_frames):
             deviation = rows[row, t] - mean
