@@ -103,7 +103,7 @@ class Bundle:
         self.id = id
         self.featurizer = featurizer
         self.profile = profile
-        self.watched = [featurizer.feature_names.index(name) for name in manifest.watched]
+        self.watched = np.array([featurizer.feature_names.index(name) for name in manifest.watched], np.intp)
         self._forest = forest
         self._goldens = goldens
 
@@ -124,9 +124,12 @@ class Bundle:
             regressor the value, the spread of the trees and the ends of the interval, shape (n, 4).
         """
         every = self.scores(np.concatenate(records))
-        ends = np.cumsum([len(record) for record in records])
-        means = [window_mean(every[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]
-        return self.manifest.calibration.apply(np.array(means))
+        if len(every) > len(records):
+            ends = np.cumsum([len(record) for record in records])
+            every = np.array(
+                [window_mean(every[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]
+            )
+        return self.manifest.calibration.apply(every)
 
     def predict(self, waveforms: Sequence[Waveform]) -> list[str] | Vector:
         """Return the class, or the value, of each waveform.

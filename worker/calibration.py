@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from worker.compiled import compiled
 from worker.profile import Vector
 
 STEPS: Final = 4
@@ -39,13 +40,7 @@ class TemperatureScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     def apply(self, scores: Vector) -> Vector:
         """Return calibrated probabilities, shape (n, classes), for a forest's, shape (n, classes)."""
-        root = scores + self.smoothing
-        for _ in range(STEPS):
-            root = np.sqrt(root)
-        powers = _power(root, self.sixteenths)
-        # Added up from the first class to the last whatever the batch; a sum may go another way.
-        calibrated: Vector = powers / np.add.accumulate(powers, axis=1)[:, -1:]
-        return calibrated
+        return _tempered(np.ascontiguousarray(scores), self.smoothing, self.sixteenths)
 
 
 class ConformalInterval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="conformal-interval"):
@@ -74,11 +69,25 @@ class ConformalInterval(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 Calibration = TemperatureScaling | ConformalInterval
 
 
-def _power(base: Vector, exponent: int) -> Vector:
-    """Return ``base`` multiplied by itself, in the order of the binary digits of ``exponent``."""
-    result = np.ones_like(base)
-    for digit in f"{exponent:b}":
-        result = result * result
-        if digit == "1":
-            result = result * base
-    return result
+@compiled
+def _tempered(scores: Vector, smoothing: float, sixteenths: int) -> Vector:
+    """Return the scores to the power of ``sixteenths`` / 16, shape (n, classes), divided by their sum in each row."""
+    digits = 0  # binary ones of the exponent
+    while sixteenths >> digits:
+        digits += 1
+    powers = np.empty_like(scores)
+    for row in range(len(scores)):
+        total = 0.0
+        for column in range(scores.shape[1]):
+            root = scores[row, column] + smoothing
+            for _ in range(STEPS):
+                root = np.sqrt(root)
+            power = 1.0
+            for digit in range(digits - 1, -1, -1):
+                power *= power
+                if sixteenths >> digit & 1:
+                    power *= root
+            powers[row, column] = power
+            total += power
+        powers[row] /= total
+    return powers

@@ -8,7 +8,7 @@ over held-out training windows, and `worker.drift` watches them in those units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ class Signal(msgspec.Struct, frozen=True):
             )
 
 
-class ReferenceProfile(msgspec.Struct, frozen=True):
+class ReferenceProfile(msgspec.Struct, frozen=True, dict=True):  # dict: for what is cached
     """What normal looked like: every watched signal over the held-out training windows."""
 
     signals: tuple[Signal, ...]
@@ -49,10 +49,13 @@ class ReferenceProfile(msgspec.Struct, frozen=True):
 
     def standardise(self, raw: Vector) -> Vector:
         """Return raw signals, shape (n, signals), in training standard deviations from the training mean."""
-        mean = np.array([signal.mean for signal in self.signals])
-        spread = np.array([signal.spread for signal in self.signals])
+        mean, spread = self._scale
         standardised: Vector = (raw - mean) / spread
         return standardised
+
+    @cached_property
+    def _scale(self) -> tuple[Vector, Vector]:
+        return np.array([each.mean for each in self.signals]), np.array([each.spread for each in self.signals])
 
 
 def signal_names(classes: Sequence[str], watched: Sequence[str], *, levelled: bool = False) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def signal_names(classes: Sequence[str], watched: Sequence[str], *, levelled: bo
 def raw_signals(
     scores: Vector,
     features: NDArray[np.float32],
-    watched: Sequence[int],
+    watched: Sequence[int] | NDArray[np.intp],
     gains: NDArray[np.float32] | None = None,
     *,
     classifier: bool,
@@ -86,12 +89,16 @@ def raw_signals(
     Returns:
         Shape (n, signals), in the order of `signal_names`.
     """
+    n_told = 1 + scores.shape[1] if classifier else 2
+    n_watched = n_told + len(watched)
+    raw = np.zeros((len(scores), n_watched if gains is None else n_watched + 1))
     if classifier:
-        chosen = np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
-        scores = np.column_stack([scores.max(axis=1), chosen])
+        rows, best = np.arange(len(scores)), scores.argmax(axis=1)
+        raw[:, 0] = scores[rows, best]
+        raw[rows, 1 + best] = 1.0
     else:
-        scores = scores[:, :2]
-    columns: list[NDArray[Any]] = [scores, features[:, list(watched)]]
+        raw[:, :n_told] = scores[:, :n_told]
+    raw[:, n_told:n_watched] = features[:, watched]
     if gains is not None:
-        columns.append(gains[:, None])
-    return np.concatenate(columns, axis=1, dtype=np.float64)
+        raw[:, n_watched] = gains
+    return raw
