@@ -62,6 +62,7 @@ GRACE: Final = 5.0  # a client that does not keep the bounds above, which it sho
 # Bytes. Bounds on memory; a single larger record still comes through.
 FETCH_BYTES: Final = 16 << 20  # from all partitions of one broker: about 500 chunks of a second of 16 kHz PCM
 PARTITION_FETCH_BYTES: Final = 4 << 20  # so that one busy partition leaves room for the others
+RECEIVE_BYTES: Final = 256 << 10  # read from a socket at once
 REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
 BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 
@@ -502,7 +503,10 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
 
     def records(self, timeout: float, max_records: int | None = None) -> list[Record]:
-        """Poll for at most ``timeout`` seconds."""
+        """Poll for at most ``timeout`` seconds, and ask for more, as the client does only at the next poll."""
+        polled = self.poll(timeout_ms=ms(timeout), max_records=max_records)
+        if polled:
+            self._fetcher.send_fetches()
         return [
             Record(
                 each.topic,
@@ -513,7 +517,7 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 each.value,
                 tuple((name, value or b"") for name, value in each.headers),
             )
-            for records in self.poll(timeout_ms=ms(timeout), max_records=max_records).values()
+            for records in polled.values()
             for each in records
         ]
 
@@ -615,15 +619,8 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
     """
 
     async def _build_transport(self, *args: Any, **settings: Any) -> Any:
-        """Return a transport that hands on what came before the end: the client itself throws it away."""
         transport = await super()._build_transport(*args, **settings)
-        receive = transport._sock_recv  # noqa: SLF001 - what it returns is dropped by its caller
-
-        def receive_first() -> tuple[bytes, Exception | None]:
-            received, error = receive()
-            return received, None if received else error  # an end that is not told comes again
-
-        transport._sock_recv = receive_first  # noqa: SLF001
+        transport._sock_recv = lambda: _received(transport._sock)  # noqa: SLF001 - there is no other way in
         return transport
 
     async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
@@ -636,6 +633,24 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
 
         await super()._connect(node, connection, *args, **settings)
         connection.init_future.add_errback(note)
+
+
+def _received(sock: Any) -> tuple[bytes, Exception | None]:
+    """Return all that can be read now, or else why the connection has ended.
+
+    The client itself reads 4 KiB at a time, half of what a batch of sound costs it, and throws away what
+    came before the end of a connection: here that is handed on, and the end is met again.
+    """
+    pieces = []
+    try:
+        while piece := sock.recv(RECEIVE_BYTES):
+            pieces.append(piece)
+        end = kafka_errors.KafkaConnectionError("the broker has hung up")
+    except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return b"".join(pieces), None
+    except Exception as error:  # noqa: BLE001 - whatever it is, the client tells whoever waits
+        end = kafka_errors.KafkaConnectionError(error)
+    return b"".join(pieces), None if pieces else end
 
 
 def _refused_by_tls(error: Exception) -> str | None:

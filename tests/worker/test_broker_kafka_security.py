@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from kafka.net.transport import KafkaSSLTransport
 
 from tests import apache_kafka
 from tests.conftest import missing
@@ -189,13 +188,13 @@ def test_a_refusal_is_read_when_the_end_of_the_connection_comes_with_it(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server hangs up once it has answered, and who looks a moment later finds both."""
-    receive = KafkaSSLTransport._sock_recv
+    receive = kafka_cluster._received
 
-    def look_late(transport: KafkaSSLTransport) -> Any:
+    def look_late(sock: Any) -> Any:
         time.sleep(0.1)  # as long as a busy process may take
-        return receive(transport)
+        return receive(sock)
 
-    monkeypatch.setattr(KafkaSSLTransport, "_sock_recv", look_late)
+    monkeypatch.setattr(kafka_cluster, "_received", look_late)
     monkeypatch.setenv("EARSHOT_KAFKA_SASL_PASSWORD", "wrong-secret")
     config = {
         "kafka_security_protocol": "SASL_SSL",
