@@ -220,11 +220,9 @@ class Frames:
     def zcr(self) -> Array:
         """Share of neighbouring samples between which the sign changes, (frames,)."""
         # Padding repeats the outer samples, so no frame crosses zero beyond them.
-        negative = self._window.samples < -ZERO
-        crossings = np.zeros(negative.size, dtype=np.int64)
-        np.cumsum(negative[1:] != negative[:-1], out=crossings[1:])
-        first = np.arange(self._spec.stft.n_frames(negative.size)) * self._spec.hop_length - self._spec.stft.margin
-        edges = np.clip([first, first + self._spec.n_fft - 1], 0, negative.size - 1)
+        crossings = _crossings(self._window.samples)
+        first = np.arange(self._spec.stft.n_frames(crossings.size)) * self._spec.hop_length - self._spec.stft.margin
+        edges = np.clip([first, first + self._spec.n_fft - 1], 0, crossings.size - 1)
         return (crossings[edges[1]] - crossings[edges[0]]) / self._spec.n_fft
 
     @cached_property
@@ -330,6 +328,19 @@ def _flatness(power: Floats, amin: np.float32) -> Array:
                 logarithm[t] += np.log(product[t])
                 product[t] = 1.0
     return np.exp(logarithm / n_bins) / (arithmetic / n_bins)
+
+
+@compiled
+def _crossings(samples: Floats) -> Array:
+    """Return how often the sign has changed up to each sample, shape (samples,)."""
+    crossings = np.empty(len(samples), np.int64)
+    count, before = 0, samples[0] < -ZERO
+    for n in range(len(samples)):
+        negative = samples[n] < -ZERO
+        count += negative != before
+        before = negative
+        crossings[n] = count
+    return crossings
 
 
 @compiled

@@ -75,7 +75,8 @@ class FrameExtractor:
         self._quantiles = np.array([QUANTILES[name] for name in quantiles])
         computed = (*MOMENTS, *quantiles)
         self._only_means = spec.statistics == ("mean",) and spec.trim_db is None
-        self._columns = [computed.index(name) for name in spec.statistics]
+        places = [computed.index(name) for name in spec.statistics]
+        self._columns = slice(None) if places == list(range(len(computed))) else places  # all of them need no copy
         self.columns = tuple(
             Column(family, band, statistic)
             for family in spec.families
@@ -90,7 +91,8 @@ class FrameExtractor:
             return np.concatenate([frames.means(family) for family in self._spec.families])
         rows = np.concatenate([frames[family] for family in self._spec.families])
         if self._spec.trim_db is not None:
-            rows = rows[:, frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)]
+            kept = frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)
+            rows = rows if kept.all() else rows[:, kept]
         ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
         return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
 
