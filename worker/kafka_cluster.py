@@ -503,10 +503,7 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
 
     def records(self, timeout: float, max_records: int | None = None) -> list[Record]:
-        """Poll for at most ``timeout`` seconds, and ask for more, as the client does only at the next poll."""
-        polled = self.poll(timeout_ms=ms(timeout), max_records=max_records)
-        if polled:
-            self._fetcher.send_fetches()
+        """Poll for at most ``timeout`` seconds."""
         return [
             Record(
                 each.topic,
@@ -517,7 +514,7 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 each.value,
                 tuple((name, value or b"") for name, value in each.headers),
             )
-            for records in polled.values()
+            for records in self.poll(timeout_ms=ms(timeout), max_records=max_records).values()
             for each in records
         ]
 
