@@ -103,12 +103,12 @@ def _serve(config: Config, stop: Event, log: telemetry.Log) -> int:
     from worker.bundle import load
     from worker.drift import DriftPolicy
     from worker.health import STUCK, Pulse, endpoint
-    from worker.memory import return_large_blocks
+    from worker.memory import keep_memory_small
     from worker.pipeline import Pipeline
     from worker.service import Service
     from worker.states import Retention
 
-    return_large_blocks()
+    keep_memory_small()
     bundle = load(Path(config.model))
     topics = Topics(config.topic_prefix)
     pipeline = Pipeline(

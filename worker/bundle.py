@@ -124,7 +124,7 @@ class Bundle:
             regressor the value, the spread of the trees and the ends of the interval, shape (n, 4).
         """
         every = self.scores(np.concatenate(records))
-        if len(every) > len(records):
+        if any(len(record) != 1 for record in records):
             ends = np.cumsum([len(record) for record in records])
             every = np.array(
                 [window_mean(every[end - len(record) : end]) for end, record in zip(ends, records, strict=True)]

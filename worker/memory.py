@@ -8,20 +8,27 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
+M_ARENA_MAX: Final = -8
 
 LARGE: Final = 3 << 20
 """Bytes from which a block is large: what a fetch brings of a busy partition is, and no scratch of a transform."""
 
 
-def return_large_blocks() -> None:
-    """Let each large block be memory of its own, which goes back to the system as soon as it is freed.
+def keep_memory_small() -> None:
+    """Let glibc give large blocks back as soon as they are freed, and keep one heap for all threads.
 
-    glibc does so by itself, but only until the first one is freed: then it takes blocks of that size
-    from a heap, where a small one that lies behind them keeps all of it. A worker that is always behind
-    takes and frees 16 MiB several times a second, and grew for as long as it was watched. Other C
-    libraries, which have no such setting, are left as they are.
+    By itself it takes large blocks from a heap once it has seen one freed, and then a small block that
+    lies behind them keeps all of it; and it has up to eight heaps for each processor, of which every
+    thread finds another one. A worker that is always behind takes and frees 16 MiB several times a second,
+    on threads that come and go, and grew for as long as it was watched. Under Python's lock one heap is
+    enough. Other C libraries, which have no such settings, are left as they are.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
+        set_option(M_ARENA_MAX, 1)
         set_option(M_MMAP_THRESHOLD, LARGE)
+        # Who sets the one has to set the other: at its default, a heap would shrink and grow at each transform.
+        set_option(M_TRIM_THRESHOLD, 2 * LARGE)

@@ -92,7 +92,7 @@ class FrameExtractor:
         rows = np.concatenate([frames[family] for family in self._spec.families])
         if self._spec.trim_db is not None:
             kept = frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)
-            rows = rows if kept.all() else rows[:, kept]
+            rows = rows if kept.all() else rows.compress(kept, axis=1)
         ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
         return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
 
