@@ -19,7 +19,7 @@ COPY trainer trainer
 RUN /opt/build/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist .
 
 FROM ${BASE}
-# Numba compiles the forest for no processor in particular, so that what is compiled below fits wherever this image runs.
+# Numba compiles for no processor in particular, so that what is compiled below fits wherever this image runs.
 ENV PATH=/opt/earshot/bin:$PATH PYTHONUNBUFFERED=1 NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/opt/compiled
 RUN useradd --create-home --uid 10001 earshot && install -d -o earshot -g earshot /data /opt/compiled
 COPY --from=dependencies /opt/earshot /opt/earshot
@@ -28,15 +28,18 @@ RUN pip install --quiet --no-index --no-deps /tmp/dist/*.whl
 USER earshot
 WORKDIR /data
 # Train and load small models, one of each kind and with every feature: shows that the image works, and leaves
-# everything compiled, so that a worker starts with machine code instead of ten seconds of compiling.
+# everything compiled, so that a worker starts with machine code instead of ten seconds of compiling. Once more for
+# processors with AVX2, which nearly all have that are called x86-64: it takes a third off the time of a chunk.
 RUN earshot-trainer simulate /tmp/clips --clips 36 --seconds 1 \
- && for label in label rpm; do \
-      earshot-trainer fit /tmp/clips --label $label --out /tmp/bundle --trees 8 --features article+compact+rich+pitch \
-        --no-cache --no-report || exit 1; \
+ && for cpu in $NUMBA_CPU_NAME $(grep -qs avx2 /proc/cpuinfo && echo x86-64-v3); do \
+      for label in label rpm; do \
+        NUMBA_CPU_NAME=$cpu earshot-trainer fit /tmp/clips --label $label --out /tmp/bundle --trees 8 \
+          --features article+compact+rich+pitch --no-cache --no-report || exit 1; \
+      done; \
     done \
  && rm -r /tmp/clips /tmp/bundle
 # Numba takes kept machine code only from a folder that can be written to, and without any such folder librosa cannot be
 # imported. Shared memory is one in every container: also if the root file system is read-only, and for any user.
 ENV NUMBA_CACHE_DIR=/dev/shm/numba
-ENTRYPOINT ["sh", "-c", "cp -r /opt/compiled/. $NUMBA_CACHE_DIR; exec \"$@\"", "sh"]
+ENTRYPOINT ["sh", "-c", "cp -r /opt/compiled/. $NUMBA_CACHE_DIR; grep -qs avx2 /proc/cpuinfo && export NUMBA_CPU_NAME=x86-64-v3; exec \"$@\"", "sh"]
 CMD ["earshot-worker", "run"]
