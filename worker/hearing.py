@@ -90,7 +90,6 @@ class Hearing:
 
     def _alone(self, step: Callable[[Given], Made], given: Given, record: Record) -> Made | BadRecord:
         """Take a step with one record, and reject the record if that is what fails."""
-        place = f"record {record.offset} of partition {record.partition} of {record.topic}"
         try:
             return step(given)
         except BadRecord as why:
@@ -99,7 +98,7 @@ class Hearing:
             raise
         except MemoryError as error:
             raise Fatal(
-                f"out of memory with {place}: give the worker more, "
+                f"out of memory with {_place(record)}: give the worker more, "
                 "or lower --max-record-bytes, --max-record-seconds or --max-batch-bytes"
             ) from error
         except Exception as error:  # noqa: BLE001  # rules 2 and 3
@@ -108,7 +107,7 @@ class Hearing:
                 self._bundle.replay()
             except Exception as unsound:  # noqa: BLE001  # a golden clip fails in whatever way the record did
                 raise Fatal(
-                    f"{place} failed ({text}), and so do the model's golden clips, so it is not the record: {unsound}; "
+                    f"{_place(record)} failed ({text}), and so do the model's golden clips, so it is not the record: {unsound}; "
                     "nothing was rejected; check the installation, or go back to the last one that worked"
                 ) from error
             rejection = BadRecord("internal-error", text.encode(errors="backslashreplace").decode())
@@ -178,3 +177,7 @@ class Hearing:
             place,
             self._bundle.id,
         )
+
+
+def _place(record: Record) -> str:
+    return f"record {record.offset} of partition {record.partition} of {record.topic}"
