@@ -107,8 +107,8 @@ class Hearing:
                 self._bundle.replay()
             except Exception as unsound:  # noqa: BLE001  # a golden clip fails in whatever way the record did
                 raise Fatal(
-                    f"{_place(record)} failed ({text}), and so do the model's golden clips, so it is not the record: {unsound}; "
-                    "nothing was rejected; check the installation, or go back to the last one that worked"
+                    f"{_place(record)} failed ({text}), and so do the model's golden clips, so it is not the record: "
+                    f"{unsound}; nothing was rejected; check the installation, or go back to the last one that worked"
                 ) from error
             rejection = BadRecord("internal-error", text.encode(errors="backslashreplace").decode())
             rejection.__cause__ = error
