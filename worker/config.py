@@ -127,5 +127,9 @@ def _check(layer: Mapping[str, Any], origin: str) -> None:
     try:
         msgspec.convert(layer, Config, strict=False)
     except msgspec.ValidationError as error:
+        expected, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`")
+        if name:
+            raise Fatal(f"{name} from {origin} is {layer[name]!r}: {expected.replace('`', '')}") from error
         known = ", ".join(Config.__struct_fields__)
         raise Fatal(f"a setting from {origin} does not fit: {error}. The settings are: {known}") from error
