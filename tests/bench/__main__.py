@@ -29,6 +29,9 @@ from worker.features import feature_spec  # noqa: E402
 
 PARTS = ("features", "forest", "decode", "drift", "pipeline", "kafka", "start")
 MODELS = ("article", "compact", "rich")
+NEEDED = {"drift": ("article",), "pipeline": ("article", "compact"), "kafka": MODELS, "start": ("article", "rich")}
+"""Which models a part needs."""
+
 CHUNKS = 256
 
 
@@ -58,7 +61,7 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
     """Yield the rows of the parts, in the order of `PARTS`."""
     simulate(work / "clips", clips=144)
     clips = sorted((work / "clips" / "audio").glob("*.wav"))
-    for name in MODELS:
+    for name in {name: None for part in parts for name in NEEDED.get(part, ())}:
         fit(load(work / "clips"), work / name, name=name, spec=feature_spec(name))
     chunks = hotpath.wavs(clips, CHUNKS)
     if "features" in parts:
@@ -70,7 +73,8 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
     if "drift" in parts:
         yield from hotpath.drift(bundle.load(work / "article"), chunks)
     if "pipeline" in parts:
-        yield from hotpath.pipeline(bundle.load(work / "article"), work / "article", chunks)
+        article, compact = (bundle.load(work / name) for name in NEEDED["pipeline"])
+        yield from hotpath.pipeline(article, compact, work / "article", chunks)
     if "kafka" in parts:
         yield from workers.on_kafka(work, chunks)
     if "start" in parts:

@@ -70,10 +70,10 @@ def records(chunks: Sequence[bytes], first: int = 0) -> list[Record]:
     ]
 
 
-def pipeline(bundle: Bundle, folder: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
-    """Yield WAV bytes to probabilities, in batches; and all of Earshot, drift and JSON included."""
+def pipeline(bundle: Bundle, compact: Bundle, folder: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
+    """Yield WAV bytes to probabilities, in batches; all of Earshot, drift and JSON included; and the default set."""
     forest = joblib.load(folder / FOREST)
-    hearing = Hearing(bundle, audio.Limits())
+    hearing, by_default = (Hearing(each, audio.Limits()) for each in (bundle, compact))
     whole = Pipeline(bundle, TOPICS, audio.Limits(), DriftPolicy(), Retention())
     states: States = {}
     onnx = _onnx(forest)
@@ -88,6 +88,7 @@ def pipeline(bundle: Bundle, folder: Path, chunks: Sequence[bytes]) -> Iterator[
             "kaldi-native-fbank, onnxruntime": partial(_through, onnx, _kaldi, batch),
             "Earshot, bytes to probabilities": partial(_hear, hearing, arrived),
             "Earshot, with drift and JSON": partial(whole.run, states, arrived),
+            "Earshot, compact (the default)": partial(_hear, by_default, arrived),
         }
         yield from by_turns(f"pipeline, batches of {size}", contestants, items=size, seconds=8, second=BATCHED)
 
@@ -133,28 +134,30 @@ def forests() -> Iterator[Row]:
 
 def decode(chunks: Sequence[bytes]) -> Iterator[Row]:
     """Yield a second of sound, 16 bits at 16 kHz, from bytes to float32; and at 44.1 kHz, resampled."""
-    wav = chunks[0]
-    samples, _ = soundfile.read(io.BytesIO(wav), dtype="int16")
-    encoded = {}
-    for container, subtype in (("FLAC", "PCM_16"), ("OGG", "VORBIS")):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, samples, RATE, format=container, subtype=subtype)
-        encoded[container] = buffer.getvalue()
-    at_44100 = io.BytesIO()
-    soundfile.write(at_44100, np.resize(samples, 44_100), 44_100, format="WAV", subtype="PCM_16")
-
-    def ours(data: bytes, media_type: str) -> Task:
-        return lambda: audio.waveform(data, media_type, RATE, audio.UNLIMITED)
-
-    contestants: dict[str, Task] = {
-        "soundfile, WAV": lambda: peers.load(wav),
-        "Earshot, WAV": ours(wav, "audio/wav"),
-        "Earshot, raw PCM": ours(samples.astype("<i2").tobytes(), f"audio/pcm;rate={RATE};format=s16le"),
-        "Earshot, FLAC": ours(encoded["FLAC"], "audio/flac"),
-        "Earshot, Ogg Vorbis": ours(encoded["OGG"], "audio/ogg"),
-        "Earshot, WAV at 44.1 kHz": ours(at_44100.getvalue(), "audio/wav"),
+    samples, _ = soundfile.read(io.BytesIO(chunks[0]), dtype="int16")
+    raw = samples.astype("<i2").tobytes()
+    sounds = {
+        "WAV": (chunks[0], "audio/wav"),
+        "FLAC": (_encoded(samples, "FLAC"), "audio/flac"),
+        "Ogg Vorbis": (_encoded(samples, "OGG", "VORBIS"), "audio/ogg"),
+        "WAV at 44.1 kHz": (_encoded(np.resize(samples, 44_100), "WAV", rate=44_100), "audio/wav"),
     }
-    yield from by_turns("decode, a second", contestants, items=1, seconds=3)
+    for name, (data, media_type) in sounds.items():
+        contestants: dict[str, Task] = {
+            "soundfile, librosa.resample": partial(peers.load_any, data),
+            "Earshot": partial(audio.waveform, data, media_type, RATE, audio.UNLIMITED),
+        }
+        if name == "WAV":
+            contestants["Earshot, raw PCM"] = partial(
+                audio.waveform, raw, f"audio/pcm;rate={RATE};format=s16le", RATE, audio.UNLIMITED
+            )
+        yield from by_turns(f"decode, a second of {name}", contestants, items=1, seconds=2)
+
+
+def _encoded(samples: NDArray[np.int16], container: str, subtype: str = "PCM_16", rate: int = RATE) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=container, subtype=subtype)
+    return buffer.getvalue()
 
 
 def drift(bundle: Bundle, chunks: Sequence[bytes]) -> Iterator[Row]:

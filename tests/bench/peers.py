@@ -28,6 +28,12 @@ def load(wav: bytes) -> Matrix:
     return np.asarray(samples)
 
 
+def load_any(data: bytes) -> Matrix:
+    """Decode a chunk of any container and rate, and resample it to `RATE`."""
+    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    return np.asarray(samples if rate == RATE else librosa.resample(samples, orig_sr=rate, target_sr=RATE))
+
+
 def article_features(samples: Matrix) -> Matrix:
     """Featurize one chunk with librosa: mel, dB, MFCC, means over the frames."""
     decibels = librosa.power_to_db(librosa.feature.melspectrogram(y=samples, sr=RATE))

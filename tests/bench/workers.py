@@ -75,6 +75,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
             "Earshot, two processes": earshot("--processes", "2"),
+            "Earshot, compact, the default": earshot(model="compact"),
             "Earshot, rich": earshot(model="rich"),
             "Earshot, rich, two processes": earshot("--processes", "2", model="rich"),
         }
