@@ -129,7 +129,8 @@ def _check(layer: Mapping[str, Any], origin: str) -> None:
     except msgspec.ValidationError as error:
         expected, _, place = str(error).partition(" - at `$.")
         name = place.rstrip("`")
-        if name:
-            raise Fatal(f"{name} from {origin} is {layer[name]!r}: {expected.replace('`', '')}") from error
+        if name in layer:
+            given = "not shown" if name in SECRETS else repr(layer[name])
+            raise Fatal(f"{name} from {origin} is {given}: {expected.replace('`', '')}") from error
         known = ", ".join(Config.__struct_fields__)
         raise Fatal(f"a setting from {origin} does not fit: {error}. The settings are: {known}") from error

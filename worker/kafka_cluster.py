@@ -635,8 +635,8 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client 
 def _received(sock: Any) -> tuple[bytes, Exception | None]:
     """Return all that can be read now, or else why the connection has ended.
 
-    The client itself reads 4 KiB at a time, half of what a batch of sound costs it, and throws away what
-    came before the end of a connection: here that is handed on, and the end is met again.
+    The client itself reads 4 KiB at a time, which takes a tenth of a worker's speed, and throws away what came
+    before the end of a connection: here that is handed on, and the end is met again.
     """
     pieces = []
     try:

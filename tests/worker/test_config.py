@@ -125,6 +125,15 @@ class TestRefusals:
 
         assert "max_batch_records from the command line is '0': Expected int >= 1" == refused
 
+    def test_a_secret_that_does_not_fit(self, file: Path) -> None:
+        """It is named, and not shown."""
+        file.write_text("kafka_sasl_password = [40961]")
+
+        refused = refusal({"config": str(file)}, {})
+
+        assert "kafka_sasl_password" in refused
+        assert "40961" not in refused
+
     @pytest.mark.parametrize("name", ["EARSHOT_POL_SECONDS", "EARSHOT_POLLSECONDS", "EARSHOT_POLL_SECOND"])
     def test_misspelt_variable(self, name: str) -> None:
         """It is not ignored, and the text says which setting may be meant."""
