@@ -1,4 +1,4 @@
-"""How one Kafka cluster is reached: the only file that imports kafka.
+"""How one Kafka cluster is reached: the file that imports kafka, with `worker.kafka_wire` under it.
 
 It owns every client with its settings and timeouts, what the client does not do by itself, and the
 wording of Kafka's errors. It knows nothing of sessions, audio, models or states.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
@@ -33,13 +32,11 @@ from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove, TransactionState
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
-from kafka.net.manager import KafkaConnectionManager
 from kafka.net.sasl.oauth import AbstractTokenProvider
 from kafka.net.selector import NetworkSelector
-from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecordBatch
 
 from worker.errors import EarshotError, Fatal, Retryable
+from worker.kafka_wire import REFUSED, Connections
 from worker.messages import Message, Record, Topics
 from worker.security import Security, read_secret
 from worker.watchdog import Watchdog
@@ -60,9 +57,8 @@ CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
 GRACE: Final = 5.0  # a client that does not keep the bounds above, which it should have kept by so long after them
 
 # Bytes. Bounds on memory; a single larger record still comes through.
-FETCH_BYTES: Final = 16 << 20  # from all partitions of one broker: about 500 chunks of a second of 16 kHz PCM
-PARTITION_FETCH_BYTES: Final = 4 << 20  # so that one busy partition leaves room for the others
-RECEIVE_BYTES: Final = 256 << 10  # read from a socket at once
+FETCH_BYTES: Final = 8 << 20  # from all partitions of one broker: about 250 chunks of a second of 16 kHz PCM
+PARTITION_FETCH_BYTES: Final = 2 << 20  # so that one busy partition leaves room for the others
 REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
 BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 
@@ -84,17 +80,6 @@ OffsetOutOfRange: Final = kafka_errors.OffsetOutOfRangeError
 COMMITTED: Final = (TransactionState.PREPARE_COMMIT, TransactionState.COMPLETE_COMMIT)
 
 
-class TlsError(kafka_errors.KafkaError):  # type: ignore[misc]  # the client ships no types
-    """No connection came about, for TLS does not allow it."""
-
-
-REFUSED: Final = (
-    TlsError,
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedSaslMechanismError,
-    kafka_errors.IllegalSaslStateError,
-)
 NOT_UP_YET: Final = (
     kafka_errors.CoordinatorLoadInProgressError,
     kafka_errors.CoordinatorNotAvailableError,
@@ -102,7 +87,6 @@ NOT_UP_YET: Final = (
     kafka_errors.LeaderNotAvailableError,
     kafka_errors.NotLeaderForPartitionError,
 )
-BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 UNUSABLE: Final = (
     kafka_errors.KafkaConfigurationError,
     kafka_errors.UnsupportedVersionError,
@@ -382,7 +366,7 @@ class Cluster:
 
         def network(**configs: Any) -> Any:
             selector = NetworkSelector(**configs)
-            networks.append(KafkaNetClient(selector, _Connections(selector, **configs)))
+            networks.append(KafkaNetClient(selector, Connections(selector, **configs)))
             return networks[-1]
 
         def connect() -> T:
@@ -564,36 +548,6 @@ class _Values(Serializer):  # type: ignore[misc]  # the client ships no types
         return None if data is NOTHING else data
 
 
-class _Lenient(bytearray):
-    """Bytes that become text whatever they are: those that are not UTF-8 as escapes."""
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a number, or a part that is as lenient."""
-        part = super().__getitem__(index)
-        return _Lenient(part) if isinstance(index, slice) else part
-
-    def decode(self, encoding: str = "utf-8", _errors: str = "strict") -> str:
-        """Return the text without ever raising."""
-        return super().decode(encoding, "backslashreplace")
-
-
-class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
-    """Records of which one may have a header whose name is not UTF-8: other clients can write that.
-
-    The client's own cannot be got past, by any offset before it or behind.
-    """
-
-    def _read_msg(self, *args: Any) -> Any:
-        try:
-            return super()._read_msg(*args)
-        except UnicodeDecodeError:  # nothing of the record has been taken yet
-            self._buffer: Any = _Lenient(self._buffer)
-            return super()._read_msg(*args)
-
-
-memory_records.DefaultRecordBatch = _Batch  # the client has no setting for it
-
-
 class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships no types
     """The token of OAUTHBEARER, read at each connection, since somebody else renews it."""
 
@@ -606,58 +560,6 @@ class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships n
             return read_secret("--kafka-sasl-token-file", self._path)
         except Fatal as error:
             raise kafka_errors.SaslAuthenticationFailedError(str(error)) from error
-
-
-class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
-    """Connections that fail at once where they are refused, and not only when the time to connect is over.
-
-    The client means to do so by itself, but looks for the failure before it comes. And the server closes
-    the connection with its answer, so that often both are there when the client looks.
-    """
-
-    async def _build_transport(self, *args: Any, **settings: Any) -> Any:
-        transport = await super()._build_transport(*args, **settings)
-        transport._sock_recv = lambda: _received(transport._sock)  # noqa: SLF001 - there is no other way in
-        return transport
-
-    async def _connect(self, node: Any, connection: Any, *args: Any, **settings: Any) -> None:
-        def note(error: Exception) -> None:
-            refused = _refused_by_tls(error)
-            if refused is not None:
-                error = TlsError(f"TLS with {node.host}:{node.port} failed: {refused}")
-            if isinstance(error, REFUSED):
-                self._auth_failures[node.node_id] = error
-
-        await super()._connect(node, connection, *args, **settings)
-        connection.init_future.add_errback(note)
-
-
-def _received(sock: Any) -> tuple[bytes, Exception | None]:
-    """Return all that can be read now, or else why the connection has ended.
-
-    The client itself reads 4 KiB at a time, which takes a tenth of a worker's speed, and throws away what came
-    before the end of a connection: here that is handed on, and the end is met again.
-    """
-    pieces = []
-    try:
-        while piece := sock.recv(RECEIVE_BYTES):
-            pieces.append(piece)
-        end = kafka_errors.KafkaConnectionError("the broker has hung up")
-    except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        return b"".join(pieces), None
-    except Exception as error:  # noqa: BLE001 - whatever it is, the client tells whoever waits
-        end = kafka_errors.KafkaConnectionError(error)
-    return b"".join(pieces), None if pieces else end
-
-
-def _refused_by_tls(error: Exception) -> str | None:
-    """Return why TLS has refused a connection, us or them; None if the connection broke in any other way."""
-    for cause in (error.__context__, *error.args):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return cause.verify_message
-        if isinstance(cause, ssl.SSLError) and not isinstance(cause, BROKEN):
-            return cause.reason or str(cause)
-    return None
 
 
 def _may(topic: Mapping[str, Any], operation: str) -> bool:

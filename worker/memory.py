@@ -14,7 +14,7 @@ M_MMAP_THRESHOLD: Final = -3
 M_ARENA_MAX: Final = -8
 
 LARGE: Final = 3 << 20
-"""Bytes from which a block is large: what a fetch brings of a busy partition is, and no scratch of a transform."""
+"""Bytes from which a block is large: the response to a fetch is, and no scratch of a transform."""
 
 
 def keep_memory_small() -> None:
@@ -22,7 +22,7 @@ def keep_memory_small() -> None:
 
     By itself it takes large blocks from a heap once it has seen one freed, and then a small block that
     lies behind them keeps all of it; and it has up to eight heaps for each processor, of which every
-    thread finds another one. A worker that is always behind takes and frees 16 MiB several times a second,
+    thread finds another one. A worker that is always behind takes and frees megabytes many times a second,
     on threads that come and go, and grew for as long as it was watched. Under Python's lock one heap is
     enough. Other C libraries, which have no such settings, are left as they are.
     """

@@ -16,7 +16,7 @@ import pytest
 
 from tests import apache_kafka
 from tests.conftest import missing
-from worker import kafka_cluster
+from worker import kafka_cluster, kafka_wire
 from worker.__main__ import main
 from worker.broker_kafka import KafkaBroker
 from worker.config import Config
@@ -171,6 +171,19 @@ def test_a_certificate_can_be_asked_of_the_client(cluster: Cluster, topics: Topi
         works(broker, topics)
 
 
+def test_what_tls_has_taken_from_the_connection_is_read(
+    cluster: Cluster, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decrypts more at once than is read at once, and then the connection itself has nothing more to tell."""
+    monkeypatch.setattr(kafka_wire, "RECEIVE_BYTES", 1000)
+    sound = bytes(range(256)) * 2000
+    with closing(KafkaBroker([cluster.secured], topics, security(settings(cluster, "PLAIN")))) as broker:
+        broker.create_topics(topics.layout(1))
+        broker.publish([Message(topics.audio_in, b"source", sound)])
+
+        assert [sound] == [record.value for records in broker.read([topics.audio_in]) for record in records]
+
+
 def refusal(address: str, config: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command that is refused, and return what it says about that, which is one line."""
     flags = [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -188,13 +201,13 @@ def test_a_refusal_is_read_when_the_end_of_the_connection_comes_with_it(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server hangs up once it has answered, and who looks a moment later finds both."""
-    receive = kafka_cluster._received
+    receive = kafka_wire._received
 
     def look_late(sock: Any) -> Any:
         time.sleep(0.1)  # as long as a busy process may take
         return receive(sock)
 
-    monkeypatch.setattr(kafka_cluster, "_received", look_late)
+    monkeypatch.setattr(kafka_wire, "_received", look_late)
     monkeypatch.setenv("EARSHOT_KAFKA_SASL_PASSWORD", "wrong-secret")
     config = {
         "kafka_security_protocol": "SASL_SSL",
