@@ -1,9 +1,9 @@
 """A fitted scikit-learn forest, flattened: the same numbers to the last bit, without the overhead.
 
 scikit-learn walks one row down one tree at a time: each step waits for a node to come from memory,
-and every second branch is guessed wrong by the processor. Here hundreds of walks, of many rows down
-several trees, take one step each in turn, without a branch: the processor waits for many nodes
-together and guesses nothing. This module knows trees and matrices; it must not know what a
+and every second branch is guessed wrong by the processor. Here the walks of a row down a hundred
+trees take one step each in turn, without a branch: the processor waits for many nodes together and
+guesses nothing. This module knows trees and matrices; it must not know what a
 feature is, or where a model came from.
 
 Three things make the result equal to scikit-learn's bit by bit:
@@ -18,7 +18,7 @@ Three things make the result equal to scikit-learn's bit by bit:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,20 +46,14 @@ NODE: Final = np.dtype(
     [
         ("threshold", np.float32),  # x goes left if it is at most this
         ("feature", np.uint32),  # the column compared
-        ("left", np.uint32),  # a child: the index of a node, or a leaf
-        ("right", np.uint32),
+        ("children", np.uint32, (2,)),  # the right one and the left one: each the index of a node, or a leaf
     ]
 )
 """A split; leaves are no nodes. Indices are unsigned since numba then need not look for negative ones."""
 
-WALKS: Final = 512
-"""Walks under way at once, and of them rows of one tree at the most. Enough to hide the latency of a
-cache; few enough for what is known of them to stay in the first one. Of 256 to 1024, and 16 to 512, the fastest."""
-ROWS: Final = 64
-
-CACHE: Final = 1024 * 1024
-"""Bytes of features that go through all trees before the next ones do: a second-level cache. With more, wide
-features come from farther away for every few trees; with less, all trees come again too often."""
+WALKS: Final = 128
+"""Walks under way at once, each down another tree. Enough to hide the latency of a cache; few enough for their
+trees to stay in the second one while row after row comes down. Of 32 to 256 the fastest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +126,8 @@ class Forest:
         """
         if self.classes is None:
             raise TypeError("this forest is a regressor and has no probabilities; call predict")
-        return self._means(features, n_certain=len(self.classes))[0]
+        probabilities: Matrix = self._ask(_probabilities, features)
+        return probabilities
 
     def predict(self, features: NDArray[np.float32]) -> tuple[Matrix, Matrix]:
         """Return the value predicted for each row of ``features``, and how far the trees disagree.
@@ -150,18 +145,20 @@ class Forest:
         """
         if self.classes is not None:
             raise TypeError("this forest is a classifier and has no values; call predict_proba")
-        means, leaves = self._means(features, n_certain=0)
-        return means[:, 0], _spreads(self.values, leaves, means)
+        values, spreads = self._ask(_values, features)
+        return values, spreads
 
-    def _means(self, features: NDArray[np.float32], n_certain: int) -> tuple[Matrix, NDArray[np.uint32]]:
+    def _ask(self, answer: Callable[..., Any], features: NDArray[np.float32]) -> Any:
         if features.dtype != FLOAT32 or features.ndim != 2 or features.shape[1] != self.n_features:
             raise ValueError(
                 f"expected float32 features of shape (n, {self.n_features}), got {features.dtype} of {features.shape}"
             )
-        features, nodes = np.ascontiguousarray(features), self.nodes
-        if not _are_finite(features):
+        features = np.ascontiguousarray(features)
+        answers = answer(self.nodes, self.roots, self.values, features, False)
+        if answers is None:
             features, nodes = self._with_missing(features)
-        return _predict(nodes, self.roots, self.values, n_certain, features)
+            answers = answer(nodes, self.roots, self.values, features, True)
+        return answers
 
     def _with_missing(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.void]]:
         """Return features and nodes for which NaN is as good as any number.
@@ -201,8 +198,8 @@ def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[
         splits = nodes[first_node:last_node]
         splits["threshold"] = _round_down(tree.threshold[~leaf])
         splits["feature"] = tree.feature[~leaf]
-        splits["left"] = here[tree.children_left[~leaf]]
-        splits["right"] = here[tree.children_right[~leaf]]
+        splits["children"][:, 0] = here[tree.children_right[~leaf]]
+        splits["children"][:, 1] = here[tree.children_left[~leaf]]
         roots[number] = here[0]
         first_node, first_leaf = last_node, last_leaf
     return nodes, roots
@@ -214,6 +211,55 @@ def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
 
 
 @compiled
+def _probabilities(
+    nodes: NDArray[np.void],
+    roots: NDArray[np.uint32],
+    values: Matrix,
+    features: NDArray[np.float32],
+    missing: bool,  # noqa: FBT001  # a name costs machine code a microsecond
+) -> Matrix | None:
+    """Return the mean over the trees, shape (n, n_classes); None if a feature is not finite and none may be missing."""
+    if not (missing or _are_finite(features)):
+        return None
+    leaves = _leaves(nodes, roots, features)
+    n_rows, n_classes = len(features), values.shape[1]
+    sums = np.zeros((n_rows, n_classes))
+    for row in range(n_rows):
+        for leaf in leaves[row]:
+            if leaf < n_classes:  # certain of one class
+                sums[row, leaf] += 1.0
+            else:
+                for column in range(n_classes):
+                    sums[row, column] += values[leaf, column]
+    sums /= len(roots)
+    return sums
+
+
+@compiled
+def _values(
+    nodes: NDArray[np.void],
+    roots: NDArray[np.uint32],
+    values: Matrix,
+    features: NDArray[np.float32],
+    missing: bool,  # noqa: FBT001  # a name costs machine code a microsecond
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return mean and population standard deviation over the trees, shapes (n,); None as `_probabilities` does."""
+    if not (missing or _are_finite(features)):
+        return None
+    leaves = _leaves(nodes, roots, features)
+    n_rows, n_trees = leaves.shape
+    means, spreads = np.zeros(n_rows), np.zeros(n_rows)
+    for row in range(n_rows):
+        for leaf in leaves[row]:
+            means[row] += values[leaf, 0]
+        means[row] /= n_trees
+        for leaf in leaves[row]:
+            spreads[row] += (values[leaf, 0] - means[row]) ** 2
+        spreads[row] = np.sqrt(spreads[row] / n_trees)
+    return means, spreads
+
+
+@compiled
 def _are_finite(features: NDArray[np.float32]) -> bool:
     finite = True
     for x in features.reshape(-1):
@@ -222,71 +268,32 @@ def _are_finite(features: NDArray[np.float32]) -> bool:
 
 
 @compiled
-def _predict(
-    nodes: NDArray[np.void], roots: NDArray[np.uint32], values: Matrix, n_certain: int, features: NDArray[np.float32]
-) -> tuple[Matrix, NDArray[np.uint32]]:
-    """Return the mean over the trees, of shape (n, n_values), and the leaf of each, of shape (n, n_trees).
-
-    Of the first ``n_certain`` rows of the values, each is one in its own column and zero elsewhere.
-    """
-    n_rows, n_features = features.shape
-    leaves = np.empty((n_rows, len(roots)), np.uint32)
-    block = max(ROWS, CACHE // (features.itemsize * n_features))
-    for first in range(0, n_rows, block):
-        _walk(nodes, roots, features[first : first + block], leaves[first : first + block])
-    sums = np.zeros((n_rows, values.shape[1]))
-    for row in range(n_rows):
-        for tree in range(len(roots)):
-            leaf = leaves[row, tree]
-            if leaf < n_certain:
-                sums[row, leaf] += 1.0
-            else:
-                for column in range(values.shape[1]):
-                    sums[row, column] += values[leaf, column]
-    sums /= len(roots)
-    return sums, leaves
-
-
-@compiled
-def _walk(
-    nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32], leaves: NDArray[np.uint32]
-) -> None:
-    """Write into ``leaves``, shape (n, n_trees), the leaf that each tree has for each row of ``features``."""
-    n_rows, n_trees = leaves.shape
-    rows_at_once = min(n_rows, ROWS)
-    trees_at_once = min(n_trees, WALKS // rows_at_once)
-    walks = rows_at_once * trees_at_once
-    at = np.empty(walks, np.uint32)  # where each walk is: at a node, or at its end in a leaf
-    starts = np.empty(walks, np.uint32)  # where its row starts in the features
-    under_way = np.empty(walks, np.uint32)  # which walks have not ended: the first n of these
-    for first_tree in range(0, n_trees, trees_at_once):
-        trees = range(first_tree, min(first_tree + trees_at_once, n_trees))
-        for first_row in range(0, n_rows, rows_at_once):
-            rows = range(first_row, min(first_row + rows_at_once, n_rows))
-            walk, n = 0, 0
-            for tree in trees:
-                for row in rows:
-                    at[walk] = roots[tree]
-                    starts[walk] = (row - first_row) * features.shape[1]
-                    under_way[n] = walk
-                    walk += 1
-                    n += roots[tree] < LEAF
-            block = features[first_row:].reshape(-1)
+def _leaves(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Return the leaf that each tree has for each row of ``features``, shape (n, n_trees)."""
+    n_rows, n_trees = len(features), len(roots)
+    leaves = np.empty((n_rows, n_trees), np.uint32)
+    under_way = np.empty(min(n_trees, WALKS), np.uint32)  # which walks have not ended: the first n of these
+    for first in range(0, n_trees, WALKS):
+        starts = roots[first : first + WALKS]
+        for row in range(n_rows):
+            x, at = features[row], leaves[row, first : first + WALKS]  # where each walk is: at a node, or in a leaf
+            n = 0
+            for walk in range(len(starts)):
+                at[walk] = starts[walk]
+                under_way[n] = walk
+                n += starts[walk] < LEAF
             while n:
-                n = _step(nodes, block, at, starts, under_way, n)
-            walk = 0
-            for tree in trees:
-                for row in rows:
-                    leaves[row, tree] = at[walk] & ~LEAF
-                    walk += 1
+                n = _step(nodes, x, at, under_way, n)
+            for walk in range(len(starts)):
+                at[walk] &= ~LEAF
+    return leaves
 
 
 @compiled
 def _step(
     nodes: NDArray[np.void],
-    features: NDArray[np.float32],
+    x: NDArray[np.float32],
     at: NDArray[np.uint32],
-    starts: NDArray[np.uint32],
     under_way: NDArray[np.uint32],
     n: int,
 ) -> int:
@@ -295,20 +302,8 @@ def _step(
     for i in range(n):
         walk = under_way[i]
         node = nodes[at[walk]]
-        child = node.left if features[starts[walk] + node.feature] <= node.threshold else node.right
+        child = node.children[np.uint32(x[node.feature] <= node.threshold)]
         at[walk] = child
         under_way[kept] = walk  # stays if the walk goes on, and is overwritten if not: no branch to guess
         kept += int(child < LEAF)
     return kept
-
-
-@compiled
-def _spreads(values: Matrix, leaves: NDArray[np.uint32], means: Matrix) -> Matrix:
-    """Return the population standard deviation over the trees of the first value, of shape (n,)."""
-    n_rows, n_trees = leaves.shape
-    spreads = np.zeros(n_rows)
-    for row in range(n_rows):
-        for leaf in leaves[row]:
-            spreads[row] += (values[leaf, 0] - means[row, 0]) ** 2
-        spreads[row] = np.sqrt(spreads[row] / n_trees)
-    return spreads
