@@ -166,16 +166,19 @@ def _columns(samples: Array, margin: int, hop_length: int, n_columns: int) -> Ar
     Sample n of frame t is then in row n % hop_length and column t + n // hop_length: the same
     sample of neighbouring frames is in neighbouring places. What is missing at the ends is zero.
     """
-    padded = np.zeros(hop_length * n_columns, np.float32)
-    heard = samples[: len(padded) - margin]
-    padded[margin : margin + len(heard)] = heard
-    columns = np.empty_like(padded)
+    columns = np.empty(hop_length * n_columns, np.float32)
     for top in range(0, hop_length, BLOCK):
-        rows = np.uint64(min(BLOCK, hop_length - top))
+        rows = min(BLOCK, hop_length - top)
         for column in range(n_columns):
-            source, target = np.uint64(column * hop_length + top), np.uint64(top * n_columns + column)
-            for row in range(rows):
-                columns[target + row * np.uint64(n_columns)] = padded[source + row]
+            source, target = column * hop_length + top - margin, np.uint64(top * n_columns + column)
+            if rows == BLOCK and 0 <= source <= len(samples) - BLOCK:  # nearly all, and no question for each sample
+                piece = np.uint64(source)
+                for row in range(np.uint64(BLOCK)):
+                    columns[target + row * np.uint64(n_columns)] = samples[piece + row]
+            else:
+                for row in range(rows):
+                    there = 0 <= source + row < len(samples)
+                    columns[target + np.uint64(row * n_columns)] = samples[source + row] if there else 0.0
     return columns
 
 

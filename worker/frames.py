@@ -146,9 +146,8 @@ class Frames:
         MFCCs are a linear map of the log-mel spectrum, and so is their mean of its mean: the frames need no MFCCs.
         """
         if name == "mfcc":
-            return _weighted(self._tables.cosines.weights, self.means("mel"))
-        rows = self[name]
-        return _weighted(rows, np.ones(rows.shape[1])) / rows.shape[1]
+            return _weighted(self._tables.cosines.weights, self._mel_means)
+        return self._mel_means if name == "mel" else _means(self[name])
 
     @cached_property
     def stft(self) -> Array:
@@ -169,6 +168,10 @@ class Frames:
     def mel(self) -> Array:
         """Log-mel spectrum in dB, (n_mels, frames), at most ``top_db`` below its loudest number."""
         return _to_db(self.mel_power, self._spec.top_db)
+
+    @cached_property
+    def _mel_means(self) -> Array:
+        return _means(self["mel"])
 
     @cached_property
     def mfcc(self) -> Array:
@@ -257,11 +260,31 @@ def _weighted(rows: Array, weights: Array) -> Array:
     return sums
 
 
+def _means(rows: Floats) -> Array:
+    return _weighted(rows, np.ones(rows.shape[1])) / rows.shape[1]
+
+
 def _to_db(power: Array, top_db: float | None) -> Array:
+    """Return power, shape (bands, frames), in dB, at most ``top_db`` below its loudest number."""
     db = np.maximum(power, AMIN)
     np.log10(db, out=db)
-    db *= 10.0
-    return db if top_db is None else np.maximum(db, db.max() - top_db, out=db)
+    _scale_and_clamp(db, np.inf if top_db is None else top_db)
+    return db
+
+
+@compiled
+def _scale_and_clamp(bels: Array, top_db: float) -> None:
+    """Make decibels of bels, shape (bands, frames), in place; none is more than ``top_db`` below the loudest."""
+    n_bands, n_frames = bels.shape
+    loudest = np.full(n_frames, -np.inf, bels.dtype)  # of each frame, so that the compiler compares several at once
+    for band in range(n_bands):
+        for t in range(n_frames):
+            bels[band, t] *= 10.0
+            loudest[t] = max(loudest[t], bels[band, t])
+    quietest = loudest.max() - top_db
+    for band in range(n_bands):
+        for t in range(n_frames):
+            bels[band, t] = max(bels[band, t], quietest)  # NaN stays
 
 
 def _savgol(rows: Floats, kernel: Array) -> Floats:
