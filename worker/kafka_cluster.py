@@ -488,6 +488,8 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
 
     def records(self, timeout: float, max_records: int | None = None) -> list[Record]:
         """Poll for at most ``timeout`` seconds."""
+        polled = self.poll(timeout_ms=ms(timeout), max_records=max_records)
+        self._fetch_ahead(polled)
         return [
             Record(
                 each.topic,
@@ -498,9 +500,20 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 each.value,
                 tuple((name, value or b"") for name, value in each.headers),
             )
-            for records in self.poll(timeout_ms=ms(timeout), max_records=max_records).values()
+            for records in polled.values()
             for each in records
         ]
+
+    def _fetch_ahead(self, polled: Mapping[Any, Sequence[Any]]) -> None:
+        """Ask for what comes next, if there is more and everything has been taken: it comes while this is worked on.
+
+        The client asks when it is polled, and then waits. Of a few records that trickle in nothing is asked ahead,
+        for the first of them would be brought alone, and the rest only after it.
+        """
+        fetcher = self._fetcher
+        more = any(records[-1].offset + 1 < (self.highwater(at) or 0) for at, records in polled.items())
+        if more and not fetcher._completed_fetches:  # noqa: SLF001 - there is no other way in
+            fetcher.send_fetches()
 
     def resume_joining(self) -> None:
         """See a rebalance through that was under way when the last poll ended.

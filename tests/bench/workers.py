@@ -17,15 +17,16 @@ from tests import apache_kafka
 from tests.apache_kafka import ApacheKafka
 from tests.bench import streams
 from tests.bench.measure import Row
-from tests.bench.streams import PARTITIONS, Throughput
+from tests.bench.streams import PARTITIONS
 from tests.system import cluster
 from tests.system.processes import BIN, run, wait_for
 from worker.broker_sqlite import SqliteBroker
 from worker.config import Config
 from worker.messages import Message, Topics
 
-RECORDS: Final = 6_000
-SLOW_RECORDS: Final = 800  # for the article's code, which would take minutes for all
+RECORDS: Final = 20_000
+SLOW_RECORDS: Final = 4_000  # for FastStream, which would take minutes for all
+SLOWEST_RECORDS: Final = 800  # for the article's code
 ROUNDS: Final = 3
 SOURCES: Final = 8
 COMPARED: Final = {
@@ -49,29 +50,31 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
         streams.create(at, ["chunks"])
         cluster.publish(at, "chunks", _messages(chunks, RECORDS))
 
-        def apart(module: str, records: int, *arguments: str) -> Callable[[str], Throughput]:
-            def one(name: str) -> Throughput:
+        def apart(module: str, records: int, *arguments: str) -> Callable[[str], float]:
+            def one(name: str) -> float:
                 streams.create(at, [name])
                 command = streams.peer(module, at, "chunks", name, *arguments)
                 return streams.throughput(at, command, name, records, work / f"{name}.log")
 
             return one
 
-        def earshot(*options: str, model: str = "article") -> Callable[[str], Throughput]:
-            def one(name: str) -> Throughput:
+        def earshot(*options: str, model: str = "article") -> Callable[[str], float]:
+            def one(name: str) -> float:
                 topics = streams.earshot_topics(at, f"{name}.")
                 cluster.publish(at, topics.audio_in, _messages(chunks, RECORDS))
                 command = streams.earshot(at, f"{name}.", work / model, *options)
-                return streams.throughput(at, command, topics.predictions_out, RECORDS, work / f"{name}.log")
+                rate = streams.throughput(at, command, topics.predictions_out, RECORDS, work / f"{name}.log")
+                streams.delete(at, topics.audio_in)
+                return rate
 
             return one
 
         batch, answer = str(Config().max_batch_records), str(ANSWER_BYTES)
         contestants = {
-            "Quix Streams, the article's code": apart("quix_app", SLOW_RECORDS, article, "article"),
+            "Quix Streams, the article's code": apart("quix_app", SLOWEST_RECORDS, article, "article"),
             "Quix Streams, Earshot's functions": apart("quix_app", RECORDS, article, "fast"),
-            "FastStream, the article's code": apart("faststream_app", SLOW_RECORDS, article, "article"),
-            "FastStream, Earshot's functions": apart("faststream_app", RECORDS, article, "fast"),
+            "FastStream, the article's code": apart("faststream_app", SLOWEST_RECORDS, article, "article"),
+            "FastStream, Earshot's functions": apart("faststream_app", SLOW_RECORDS, article, "fast"),
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
             "Earshot, two processes": earshot("--processes", "2"),
@@ -82,7 +85,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(ROUNDS):
             for number, (name, compete) in enumerate(contestants.items()):
-                rates[name].append(compete(f"c{number}-{turn}").rate)
+                rates[name].append(compete(f"c{number}-{turn}"))
         first = next(iter(contestants))
         for name, each in rates.items():
             ratio = _ratio(each, rates[first])
