@@ -356,37 +356,38 @@ def _flatness(power: Floats, amin: np.float32) -> Array:
 @compiled
 def _crossings(samples: Floats) -> Array:
     """Return how often the sign has changed up to each sample, shape (samples,)."""
-    crossings = np.empty(len(samples), np.int64)
-    count, before = 0, samples[0] < -ZERO
-    for n in range(len(samples)):
-        negative = samples[n] < -ZERO
-        count += negative != before
-        before = negative
+    floor, n_samples = np.float32(-ZERO), np.uint64(len(samples))
+    changes = np.zeros(len(samples), np.uint8)  # apart from the sum, for which each sample has to wait
+    for n in range(np.uint64(1), n_samples):
+        changes[n] = (samples[n] < floor) != (samples[n - np.uint64(1)] < floor)
+    crossings = np.empty(len(samples), np.int32)
+    count = np.int32(0)
+    for n in range(n_samples):
+        count += changes[n]
         crossings[n] = count
     return crossings
 
 
 @compiled
 def _extremes(magnitudes: Floats, count: int) -> Array:
-    """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames)."""
+    """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames).
+
+    Each bin goes down the ranks, and at each of them the more extreme of two stays: without a branch, for many
+    frames at once.
+    """
     n_bins, n_frames = magnitudes.shape
     lowest = np.full((count, n_frames), np.inf, np.float32)  # the most extreme one first
     highest = np.full((count, n_frames), -np.inf, np.float32)
+    low, high = np.empty(n_frames, np.float32), np.empty(n_frames, np.float32)  # on their way down
     for k in range(n_bins):
-        for t in range(n_frames):
-            x = magnitudes[k, t]
-            if x < lowest[count - 1, t]:
-                place = count - 1
-                while place > 0 and x < lowest[place - 1, t]:
-                    lowest[place, t] = lowest[place - 1, t]
-                    place -= 1
-                lowest[place, t] = x
-            if x > highest[count - 1, t]:
-                place = count - 1
-                while place > 0 and x > highest[place - 1, t]:
-                    highest[place, t] = highest[place - 1, t]
-                    place -= 1
-                highest[place, t] = x
+        low[:] = magnitudes[k]
+        high[:] = magnitudes[k]
+        for place in range(count):
+            least, most = lowest[place], highest[place]
+            for t in range(n_frames):
+                a, b, c, d = least[t], low[t], most[t], high[t]
+                least[t], low[t] = min(a, b), max(a, b)
+                most[t], high[t] = max(c, d), min(c, d)
     extremes = np.zeros((2, n_frames))
     for place in range(count):
         for t in range(n_frames):
