@@ -7,6 +7,7 @@ in the `MIDDLE` of the answers: neither a start is in it nor an end.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -108,6 +109,7 @@ def running(
 
 def throughput(address: str, command: Sequence[str], out: str, expected: int, log: Path) -> float:
     """Run a contestant until ``expected`` answers stand on ``out``, and return the chunks a second."""
+    os.sync()  # or the disk would still be busy with what was produced for it, at whoever's turn it is
     with running(command, log) as process:
         times = np.sort(_answers(address, out, expected, process))
     first, last = (times[int(share * expected)] for share in MIDDLE)
@@ -214,6 +216,7 @@ def latency(address: str, topics: Topics, chunks: Sequence[Message], rate: float
         assert producer.flush(60) == 0
 
     decoder = msgspec.json.Decoder(_Predicted)
+    os.sync()
     with _reader(address, topics.predictions_out) as consumer:
         feeder = threading.Thread(target=feed)
         feeder.start()
