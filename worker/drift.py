@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 from river.drift import ADWIN
 
-from worker.compiled import compiled
 from worker.errors import Fatal
 from worker.messages import SignalShift
 from worker.profile import ReferenceProfile, Vector
@@ -149,7 +148,9 @@ class SourceState:
         self.heard = offset
         if self._seconds == 0:
             self._offset, self._time = offset, time
-        _add(observation, self._sums, self._counts)
+        finite = np.isfinite(observation)
+        self._sums += np.where(finite, observation, 0.0)
+        self._counts += finite
         self._seconds += seconds
         if self._seconds < self._policy.block_seconds - 1e-9:
             return None
@@ -294,15 +295,6 @@ class SourceState:
         self._suspects, self._baseline, self._last_fired = saved.suspects, saved.baseline, saved.last_fired
         self.heard = saved.heard
         self._replay()
-
-
-@compiled
-def _add(observation: Vector, sums: Vector, counts: NDArray[np.int64]) -> None:
-    """Add what is finite to the sums, in place, and count it."""
-    for signal in range(len(sums)):
-        if np.isfinite(observation[signal]):
-            sums[signal] += observation[signal]
-            counts[signal] += 1
 
 
 def _change_point(means: Vector) -> tuple[int, Vector, Vector]:
