@@ -284,7 +284,7 @@ def _scale_and_clamp(bels: Array, top_db: float) -> None:
     quietest = loudest.max() - top_db
     for band in range(n_bands):
         for t in range(n_frames):
-            bels[band, t] = max(bels[band, t], quietest)  # NaN stays
+            bels[band, t] = max(bels[band, t], quietest)
 
 
 def _savgol(rows: Floats, kernel: Array) -> Floats:
@@ -373,7 +373,7 @@ def _extremes(magnitudes: Floats, count: int) -> Array:
     """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames).
 
     Each bin goes down the ranks, and at each of them the more extreme of two stays: without a branch, for many
-    frames at once.
+    frames at once. Up to about thirty ranks (n_fft 4096) that is faster than to look for its place.
     """
     n_bins, n_frames = magnitudes.shape
     lowest = np.full((count, n_frames), np.inf, np.float32)  # the most extreme one first

@@ -58,7 +58,7 @@ GRACE: Final = 5.0  # a client that does not keep the bounds above, which it sho
 
 # Bytes. Bounds on memory; a single larger record still comes through.
 FETCH_BYTES: Final = 8 << 20  # from all partitions of one broker: about 250 chunks of a second of 16 kHz PCM
-PARTITION_FETCH_BYTES: Final = 2 << 20  # so that one busy partition leaves room for the others
+PARTITION_FETCH_BYTES: Final = 2 << 20  # so that one busy partition leaves room for others; alone it has 60 chunks
 REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
 BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 
@@ -76,10 +76,7 @@ CommitFailed: Final = kafka_errors.CommitFailedError
 NoOffset: Final = kafka_errors.NoOffsetForPartitionError
 OffsetOutOfRange: Final = kafka_errors.OffsetOutOfRangeError
 
-
 COMMITTED: Final = (TransactionState.PREPARE_COMMIT, TransactionState.COMPLETE_COMMIT)
-
-
 NOT_UP_YET: Final = (
     kafka_errors.CoordinatorLoadInProgressError,
     kafka_errors.CoordinatorNotAvailableError,
@@ -504,14 +501,16 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
             for each in records
         ]
 
-    def _fetch_ahead(self, polled: Mapping[Any, Sequence[Any]]) -> None:
-        """Ask for what comes next, if there is more and everything has been taken: it comes while this is worked on.
+    def _fetch_ahead(self, topic_partitions: Iterable[Any]) -> None:
+        """Ask for what comes next, if there is more than was polled: it comes while this is worked on.
 
-        The client asks when it is polled, and then waits. Of a few records that trickle in nothing is asked ahead,
-        for the first of them would be brought alone, and the rest only after it.
+        The client asks by the same rule, that no partition of the last fetch is left untouched, but only when it is
+        polled, and then waits. Of records that trickle in nothing is asked ahead: the first of them would be brought
+        alone, the rest only after it, and what else that broker is asked would wait behind the question.
         """
-        fetcher = self._fetcher
-        more = any(records[-1].offset + 1 < (self.highwater(at) or 0) for at, records in polled.items())
+        fetcher, places = self._fetcher, self._subscription.assignment
+        # The position, and not the last record: it has passed the marker that ends a transaction.
+        more = any(places[each].position.offset < (self.highwater(each) or 0) for each in topic_partitions)
         if more and not fetcher._completed_fetches:  # noqa: SLF001 - there is no other way in
             fetcher.send_fetches()
 

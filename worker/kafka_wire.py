@@ -80,7 +80,7 @@ def _received(sock: Any) -> tuple[bytes, Exception | None]:
 
 
 def _has_more(sock: Any) -> bool:
-    """Return whether there is something that TLS has taken from the connection already: nobody would tell of it."""
+    """Return whether TLS has taken more from the connection already: who watches that would never tell."""
     return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
 
 

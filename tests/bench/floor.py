@@ -1,4 +1,4 @@
-"""The floor: kafka-python alone, moving the bytes that a worker moves, exactly once, and doing nothing with them.
+"""The floor: kafka-python as it comes, moving the bytes that a worker moves, exactly once, and doing nothing with them.
 
 `python -m tests.bench.floor ADDRESS IN OUT RECORDS_A_BATCH BYTES_OUT`: for each record of IN one of
 BYTES_OUT bytes on OUT, with the offsets in the same transaction.

@@ -35,8 +35,8 @@ DEADLINE: Final = 600.0  # seconds for one contestant: the slowest peer takes on
 BY_THE_BROKER: Final = ("message.timestamp.type", "LogAppendTime")
 
 MIDDLE: Final = (0.4, 0.8)
-"""From which share of the answers to which they are counted: before it members of a group may still be joining,
-and after it the first of them may have nothing left to do."""
+"""The answers that count, as shares of all: members of a group may still be joining before them, and after them the
+first member may have nothing left to do."""
 
 MEMBER_SILENCE: Final = 60.0
 """Seconds without an answer after which a contestant has failed, rather than being slow."""

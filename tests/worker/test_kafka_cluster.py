@@ -75,3 +75,18 @@ class TestFetchingAhead:
 
         assert 1 == len(consumer.records(PATIENCE))
         assert not consumer._fetcher.in_flight_fetches()
+
+    def test_the_marker_of_a_transaction_is_nothing_to_ask_for(
+        self, kafka_address: str, log: Callable[[int], str], consumer: Consumer
+    ) -> None:
+        """It is the last thing in the log, and no record."""
+        topic = log(0)
+        with closing(Cluster([kafka_address], OPEN).producer(transactional_id=topic)) as producer:
+            producer.init_transactions()
+            producer.begin_transaction()
+            producer.deliver([producer.write(Message(topic, b"source", SOUND, partition=0))])
+            producer.commit_transaction()
+        consumer.start([Partition(topic, 0)])
+
+        assert 1 == len(consumer.records(PATIENCE))
+        assert not consumer._fetcher.in_flight_fetches()

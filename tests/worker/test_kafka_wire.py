@@ -1,4 +1,4 @@
-"""What is read from a socket, whatever has come by then, and the bytes of a response: here on real pairs of sockets."""
+"""What is read from a socket, here on real pairs of them, and the bytes of a response."""
 
 from __future__ import annotations
 
