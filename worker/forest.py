@@ -54,7 +54,7 @@ NODE: Final = np.dtype(
 WALKS: Final = 128
 """Walks under way at once, each down another tree. Enough to hide the latency of a cache; few enough for trees of up to
 500 splits to stay in the second one while row after row comes down. Of 32 to 256 the fastest. With larger trees, rows
-by the hundred take up to two thirds longer than if several of them went down a few trees together, and fewer rows less."""
+by the hundred take up to two thirds longer than if several of them went down a few trees together; fewer take less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
