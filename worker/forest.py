@@ -217,7 +217,7 @@ def _probabilities(
     roots: NDArray[np.uint32],
     values: Matrix,
     features: NDArray[np.float32],
-    missing: bool,  # noqa: FBT001  # passing it by keyword costs a microsecond a call
+    missing: bool,  # noqa: FBT001  # machine code is called by position
 ) -> Matrix | None:
     """Return the mean over the trees, shape (n, n_classes); None if a feature is not finite and none may be missing."""
     if not (missing or _are_finite(features)):
@@ -242,7 +242,7 @@ def _values(
     roots: NDArray[np.uint32],
     values: Matrix,
     features: NDArray[np.float32],
-    missing: bool,  # noqa: FBT001  # passing it by keyword costs a microsecond a call
+    missing: bool,  # noqa: FBT001  # machine code is called by position
 ) -> tuple[Matrix, Matrix] | None:
     """Return mean and population standard deviation over the trees, shapes (n,); None as `_probabilities` does."""
     if not (missing or _are_finite(features)):

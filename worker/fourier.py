@@ -171,10 +171,8 @@ def _columns(samples: Array, margin: int, hop_length: int, n_columns: int) -> Ar
         rows = min(BLOCK, hop_length - top)
         for column in range(n_columns):
             source, target = column * hop_length + top - margin, np.uint64(top * n_columns + column)
-            if (
-                rows == BLOCK and 0 <= source <= len(samples) - BLOCK
-            ):  # nearly all, with no bounds to check for each sample
-                piece = np.uint64(source)
+            if rows == BLOCK and 0 <= source <= len(samples) - BLOCK:
+                piece = np.uint64(source)  # nearly all are so, with no bounds to check for each sample
                 for row in range(np.uint64(BLOCK)):
                     columns[target + row * np.uint64(n_columns)] = samples[piece + row]
             else:
