@@ -7,6 +7,8 @@ clients, their settings, or what is asked.
 from __future__ import annotations
 
 import ssl
+import time
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +16,14 @@ from kafka import errors as kafka_errors
 from kafka.net.manager import KafkaConnectionManager
 from kafka.protocol import parser
 from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.default_records import (
+    ControlRecord,
+    DefaultRecord,
+    DefaultRecordBatch,
+    DefaultRecordBatchBuilder,
+    DefaultRecordMetadata,
+)
+from kafka.record.util import decode_varint, encode_varint
 
 RECEIVE_BYTES: Final = 256 << 10  # read from a socket at once
 
@@ -126,34 +135,107 @@ class _Frame:
         return taken
 
 
-parser.KafkaBytes = _Frame  # the client has no setting for it
-
-
-class _Lenient(bytearray):
-    """Bytes that become text whatever they are: those that are not UTF-8 as escapes."""
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a number, or a part that is as lenient."""
-        part = super().__getitem__(index)
-        return _Lenient(part) if isinstance(index, slice) else part
-
-    def decode(self, encoding: str = "utf-8", _errors: str = "strict") -> str:
-        """Return the text without ever raising."""
-        return super().decode(encoding, "backslashreplace")
-
-
 class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
-    """Records of which one may have a header whose name is not UTF-8: other clients can write that.
+    """Records as they came, each of which is copied once, when it is read.
 
-    The client's own cannot be got past, by any offset before it or behind.
+    The client copies them three times. And it cannot get past a record that has a header whose name is not UTF-8, by
+    any offset before it or behind; other clients can write that, and here the name has escapes for such bytes.
     """
 
-    def _read_msg(self, *args: Any) -> Any:
-        try:
-            return super()._read_msg(*args)
-        except UnicodeDecodeError:  # nothing of the record has been taken yet
-            self._buffer: Any = _Lenient(self._buffer)
-            return super()._read_msg(*args)
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer: Any = buffer
+        self._header_data: Any = self.HEADER_STRUCT.unpack_from(buffer)
+        self._pos: int = self.HEADER_STRUCT.size
+        self._num_records = self._header_data[12]
+        self._next_record_index = 0
+        self._decompressed = False
+
+    def _read_msg(self, *_defaults: Any) -> Any:
+        buffer = self._buffer
+        length, begin = decode_varint(buffer, self._pos)
+        later, at = decode_varint(buffer, begin + 1)  # behind the attributes, of which a record has none
+        behind, at = decode_varint(buffer, at)
+        key, at = _bytes(buffer, at)
+        value, at = _bytes(buffer, at)
+        count, at = decode_varint(buffer, at)
+        if count < 0:
+            raise kafka_errors.CorruptRecordError(f"a record has {count} headers")
+        headers = []
+        for _ in range(count):
+            name, at = _bytes(buffer, at)
+            if name is None:
+                raise kafka_errors.CorruptRecordError("a header has no name")
+            content, at = _bytes(buffer, at)
+            headers.append((name.decode("utf-8", "backslashreplace"), content))
+        if at - begin != length:
+            raise kafka_errors.CorruptRecordError(f"a record of {length} bytes has {at - begin}")
+        self._pos = at
+        stamped = self.timestamp_type == self.LOG_APPEND_TIME
+        return (ControlRecord if self.is_control_batch else DefaultRecord)(
+            length,
+            self.base_offset + behind,
+            self.max_timestamp if stamped else self.first_timestamp + later,
+            self.timestamp_type,
+            key,
+            value,
+            headers,
+        )
 
 
-memory_records.DefaultRecordBatch = _Batch  # the client has no setting for it
+def _bytes(buffer: Any, at: int) -> tuple[bytes | None, int]:
+    """Return bytes that stand behind their length, or None if that is negative; and where they end."""
+    size, at = decode_varint(buffer, at)
+    return (None, at) if size < 0 else (bytes(buffer[at : at + size]), at + size)
+
+
+class _BatchBuilder(DefaultRecordBatchBuilder):  # type: ignore[misc]  # the client ships no types
+    """Records that are put together from parts which mostly are known: lengths, and the names of headers.
+
+    The client writes a record byte by byte, in three times the time.
+    """
+
+    def append(self, offset: int, timestamp: int | None, key: Any, value: Any, headers: Any) -> Any:
+        """Add a record if there is room for it, or it is the first one; return None if there is not."""
+        if timestamp is None:
+            timestamp = round(1000 * time.time())
+        first, latest = (self._first_timestamp, self._max_timestamp) if self._num_records else (timestamp, timestamp)
+        parts = [b"\0", _varint(timestamp - first), _varint(offset), *_sized(key), *_sized(value)]
+        parts.append(_varint(len(headers)))
+        for name, content in headers:
+            parts.append(_name(name))
+            parts += _sized(content)
+        size = sum(map(len, parts))
+        record = b"".join((_varint(size), *parts))
+        if self._num_records and len(self._buffer) + len(record) > self._batch_size:
+            return None
+        self._first_timestamp: Any = first
+        self._max_timestamp: Any = max(latest, timestamp)
+        self._last_offset: Any = offset
+        self._num_records += 1
+        self._buffer += record
+        return DefaultRecordMetadata(offset, len(record), timestamp)
+
+
+def _sized(data: bytes | None) -> tuple[bytes, bytes]:
+    """Return bytes, and before them how many they are; of none that is -1."""
+    return (_varint(-1), b"") if data is None else (_varint(len(data)), data)
+
+
+@lru_cache(maxsize=4096)
+def _varint(number: int) -> bytes:
+    """Return a number as a record has it: in as few bytes as it needs."""
+    encoded = bytearray()
+    encode_varint(number, encoded.append)
+    return bytes(encoded)
+
+
+@lru_cache(maxsize=256)
+def _name(name: str) -> bytes:
+    """Return the name of a header as a record has it."""
+    return b"".join(_sized(name.encode()))
+
+
+# The client has no settings for them.
+parser.KafkaBytes = _Frame
+memory_records.DefaultRecordBatch = _Batch
+memory_records.DefaultRecordBatchBuilder = _BatchBuilder

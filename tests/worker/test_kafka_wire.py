@@ -1,19 +1,25 @@
-"""What is read from a socket, here on real pairs of them, and the bytes of a response."""
+"""What is read from a socket, here on real pairs of them, the bytes of a response, and records in them."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
 from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kafka.errors import KafkaConnectionError
+from kafka.errors import CorruptRecordError, KafkaConnectionError
 from kafka.protocol import parser
 from kafka.protocol.frame import KafkaBytes
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import _Frame, _received
+from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _received
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -103,3 +109,67 @@ class TestFrame:
         """It has no setting for it, and a new version may call its own by another name."""
         assert parser.KafkaBytes is _Frame
         assert isinstance(parser.KafkaProtocol()._header, _Frame)
+
+
+HEADERS = st.lists(st.tuples(st.text(max_size=10), st.binary(max_size=200) | st.none()), max_size=4)
+RECORDS = st.lists(
+    st.tuples(
+        st.integers(0, 2**41), st.binary(max_size=20) | st.none(), st.binary(max_size=20_000) | st.none(), HEADERS
+    ),
+    min_size=1,
+    max_size=5,
+)
+FIELDS = attrgetter("offset", "timestamp", "timestamp_type", "key", "value", "headers", "size_in_bytes")
+
+
+def written(kind: Any, records: list[Any], size: int = 1 << 20) -> tuple[bytes, list[Any]]:
+    """The bytes of a batch that a builder of some kind has made, and what it has said of each record."""
+    builder = kind(2, 0, is_transactional=True, producer_id=7, producer_epoch=1, base_sequence=3, batch_size=size)
+    taken = [builder.append(offset, *record) for offset, record in enumerate(records)]
+    said = [None if each is None else (each.offset, each.size, each.timestamp) for each in taken]
+    return bytes(builder.build()), said
+
+
+class TestBatchBuilder:
+    @given(records=RECORDS, size=st.integers(61, 30_000))
+    def test_it_writes_what_the_client_writes(self, records: list[Any], size: int) -> None:
+        """The same bytes, and of each record whether there was room, its offset, size and timestamp."""
+        assert written(DefaultRecordBatchBuilder, records, size) == written(_BatchBuilder, records, size)
+
+    def test_a_record_without_a_timestamp(self) -> None:
+        """It was sent now."""
+        before = int(1000 * time.time())
+        ((_, _, timestamp),) = written(_BatchBuilder, [(None, b"key", b"value", [])])[1]
+
+        assert before <= timestamp <= 1000 * time.time() + 1
+
+    def test_the_client_uses_it(self) -> None:
+        """As for frames."""
+        assert memory_records.DefaultRecordBatchBuilder is _BatchBuilder
+
+
+class TestBatch:
+    @given(records=RECORDS)
+    def test_it_reads_what_the_client_reads(self, records: list[Any]) -> None:
+        """Whatever a record holds, and also of a batch that says what it is."""
+        data, _ = written(DefaultRecordBatchBuilder, records)
+        ours, theirs = _Batch(memoryview(data)), DefaultRecordBatch(data)
+
+        assert ours.validate_crc()
+        assert list(map(FIELDS, theirs)) == list(map(FIELDS, ours))
+
+    @given(records=RECORDS, where=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+    def test_damage(self, records: list[Any], where: float, bits: int) -> None:
+        """It is found by the sum, and if nobody looks at that, reading ends as an error that the client knows."""
+        data = bytearray(written(DefaultRecordBatchBuilder, records)[0])
+        body = DefaultRecordBatch.HEADER_STRUCT.size
+        data[body + int(where * (len(data) - body))] ^= bits
+        batch = _Batch(memoryview(data))
+
+        assert not batch.validate_crc()
+        with contextlib.suppress(CorruptRecordError):
+            assert len(records) == len(list(batch))
+
+    def test_the_client_uses_it(self) -> None:
+        """As for frames."""
+        assert memory_records.DefaultRecordBatch is _Batch
