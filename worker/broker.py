@@ -65,15 +65,20 @@ class Session(Protocol):
         committed before the partition was assigned is seen.
         """
 
-    def transaction(self) -> AbstractContextManager[Transaction]:
+    def transaction(self, *, wait: bool = True) -> AbstractContextManager[Transaction]:
         """Open a transaction that commits when its block ends, and aborts when it raises.
 
-        One that commits no offsets needs no partition, and so no poll before it.
+        One that commits no offsets needs no partition, and so no poll before it. Without ``wait`` the
+        end of the block begins the commit, and need not wait for it: `settle` does, and so does the
+        next transaction. Meanwhile the session may be polled, and it closes without it.
 
         Raises:
             Retryable: nothing was committed, or it is not known whether it was; the session is
                 finished either way, and the committed offset tells the next one.
         """
+
+    def settle(self) -> None:
+        """Return when the last transaction is committed, or raise as its block would have done."""
 
     def close(self) -> None:
         """Leave the group and free the connections; safe to call twice, never raises."""

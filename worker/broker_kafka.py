@@ -21,6 +21,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from worker.broker import Polled
@@ -32,13 +33,13 @@ from worker.kafka_cluster import (
     REQUEST_TIMEOUT,
     TRANSACTION_TIMEOUT,
     Cluster,
-    CommitFailed,
     Consumer,
     NoOffset,
     OffsetOutOfRange,
     Partition,
     Producer,
     RebalanceListener,
+    Written,
     ms,
 )
 from worker.messages import Message, Record, Topics, TopicSpec
@@ -148,7 +149,7 @@ class KafkaBroker:
         producer = self._publisher
 
         def publish() -> None:
-            producer.deliver([producer.write(message) for message in wanted])
+            producer.deliver(producer.write(wanted))
 
         try:
             self._cluster.attempt("publish", INIT_TIMEOUT + DELIVERY_TIMEOUT + GRACE, publish)
@@ -240,6 +241,7 @@ class KafkaSession:
         self._changes = _Changes()
         self._heard = -math.inf
         self._placed = math.inf
+        self._under_way: Callable[[], None] | None = None  # the end of the last transaction
         self._farewells: list[Callable[[], None]] = []
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
@@ -268,6 +270,8 @@ class KafkaSession:
         """
         with self._coming_back():
             self._require_leaders()
+            if self._consumer.rebalances():
+                self.settle()
             if time.monotonic() - self._heard > SILENCE:
                 self._cluster.require(self._topics)
                 if self._heard == -math.inf:
@@ -313,29 +317,35 @@ class KafkaSession:
         return (record for record in latest.values() if record.value is not None)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[KafkaTransaction]:
+    def transaction(self, *, wait: bool = True) -> Iterator[KafkaTransaction]:
         """Open a transaction that commits when its block ends, in six steps, and aborts when it raises.
 
-        1. Begin. No poll may come between here and the end, for a poll may end our generation.
+        1. Begin.
         2. Send the messages of the block, and note its offsets.
-        3. Flush, then take the result of every message: a message that timed out leaves the
+        3. Take the group's metadata, and refuse to go on without a generation: without one the
+           coordinator does not fence. No poll may come between the one that brought the records and
+           this, for a poll may end our generation, and it has to be the one that they were read in.
+        4. Flush, and take the result of every message: a message that timed out leaves the
            transaction intact, and the commit would go through without it.
-        4. Take the group's metadata, and refuse to go on without a generation: without one the
-           coordinator does not fence.
         5. Send the offsets, after all messages: whoever is assigned our partitions next knows that
            the states stand in the log if the offsets do.
         6. Commit.
+
+        Steps 4 to 6 mostly wait for the cluster. Without ``wait`` they go on while the session is used;
+        a poll waits for them only if the group rebalances: they would be refused by its next generation.
 
         A block that raises `Retryable` is not aborted here, since that may wait for the broker that
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
         with self._coming_back():
+            self.settle()
             self._require_leaders()
             self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
             self._unsettled.pop(f"{self._transactions}{self._instance}", None)  # the cluster will tell of this one
             transaction = KafkaTransaction(self._cluster, self._producer)
             try:
                 yield transaction  # 2
+                member = self._membership() if transaction.offsets else None  # 3
             except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and who clears it must not wait
                 raise
             except BaseException:
@@ -344,7 +354,17 @@ class KafkaSession:
                     self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
                     self._committed = False
                 raise
-            self._cluster.attempt("commit", TRANSACTION_TIMEOUT, lambda: self._commit(transaction))  # 3 to 6
+            commit = partial(self._commit, transaction, member)
+            self._under_way = self._cluster.start("commit", TRANSACTION_TIMEOUT, commit)  # 4 to 6
+            if wait:
+                self.settle()
+
+    def settle(self) -> None:
+        """Return when the last transaction is committed, or raise as its block would have done."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            with self._coming_back():
+                under_way()
             self._committed = True
 
     def close(self) -> None:
@@ -370,7 +390,7 @@ class KafkaSession:
             self._cluster.attempt("join", INIT_TIMEOUT + GRACE, producer.init_transactions)
             left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
             if committed is not None and (left or suspected):
-                self._settle(producer, [*left, *unseen], commit=committed)
+                self._end_open(producer, [*left, *unseen], commit=committed)
                 self._unsettled.pop(transactional_id, None)
             elif left:
                 places = ", ".join(f"{each.topic}-{each.partition}" for each in left)
@@ -395,7 +415,7 @@ class KafkaSession:
             self._unsettled[transactional_id] = told
         return self._unsettled.get(transactional_id)
 
-    def _settle(self, producer: Producer, partitions: Sequence[Any], *, commit: bool) -> None:
+    def _end_open(self, producer: Producer, partitions: Sequence[Any], *, commit: bool) -> None:
         self._cluster.attempt(
             "end an open transaction",
             TRANSACTION_TIMEOUT,
@@ -421,12 +441,13 @@ class KafkaSession:
         self._placed = min(self._placed, now) if unplaced else now
         if now - self._placed <= PLACE_TIMEOUT:
             return
+        self.settle()
         known = self._cluster.transactional_ids(self._transactions)
         # An instance has no slash in its name: with one it is an instance of another group.
         others = {each for each in known if "/" not in each.removeprefix(self._transactions)}
         others -= {f"{self._transactions}{self._instance}"}
         if self._committed is not None:
-            self._settle(self._producer, [], commit=self._committed)
+            self._end_open(self._producer, [], commit=self._committed)
         for other in sorted(others):
             self._cluster.farewell(self._succeed(other, suspected=True)[0].end)
         raise Retryable(
@@ -499,13 +520,17 @@ class KafkaSession:
         if member:
             self._cluster.show_out(self._group, member, self._instance)
 
-    def _commit(self, transaction: KafkaTransaction) -> None:
-        """Take steps 3 to 6; in 5 and 6 the client itself would wait for ever."""
-        self._producer.deliver(transaction.results)  # 3
+    def _membership(self) -> Any:
+        """Return who we are in the group, for the coordinator to refuse us if that has passed."""
+        member = self._consumer.group_metadata()
+        if member.generation_id <= 0:
+            raise Retryable(f"group {self._group!r} at {self._cluster} has a newer generation, without this member")
+        return member
+
+    def _commit(self, transaction: KafkaTransaction, member: Any) -> None:
+        """Take steps 4 to 6; in 5 and 6 the client itself would wait for ever."""
+        self._producer.deliver(transaction.written)  # 4
         if transaction.offsets:
-            member = self._consumer.group_metadata()  # 4
-            if member.generation_id <= 0:
-                raise CommitFailed("the group has a newer generation, without this member")
             self._producer.send_offsets(self._topics.audio_in, transaction.offsets, member)  # 5
         self._producer.commit_transaction()  # 6
 
@@ -516,15 +541,13 @@ class KafkaTransaction:
     def __init__(self, cluster: Cluster, producer: Producer) -> None:
         self._cluster = cluster
         self._producer = producer
-        self.results: list[tuple[Message, Any]] = []
+        self.written: list[Written] = []
         self.offsets: dict[int, int] = {}
 
     def send(self, messages: Iterable[Message]) -> None:
         """Hand messages to the producer, which sends them in the background."""
         wanted = list(messages)
-        self._cluster.attempt(
-            "send", TRANSACTION_TIMEOUT, lambda: self.results.extend(map(self._producer.write, wanted))
-        )
+        self.written += self._cluster.attempt("send", TRANSACTION_TIMEOUT, lambda: self._producer.write(wanted))
 
     def commit_offsets(self, offsets: Mapping[int, int]) -> None:
         """Note the next offset to read of each partition of ``audio.in``; they are sent after all messages."""

@@ -194,7 +194,7 @@ class _Session:
             yield from map(_record, self._database.execute(statement, topic.name, partition))
 
     @contextmanager
-    def transaction(self) -> Iterator[_Transaction]:
+    def transaction(self, *, wait: bool = True) -> Iterator[_Transaction]:  # noqa: ARG002  # a file has nobody to wait for
         transaction = _Transaction()
         yield transaction
         if transaction.offsets and not self._positions:
@@ -207,6 +207,9 @@ class _Session:
             _append(self._database, transaction.messages)
             for partition, offset in transaction.offsets.items():
                 execute("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)", self._readers, partition, offset)
+
+    def settle(self) -> None:
+        """Return: what has ended is committed."""
 
     def close(self) -> None:
         with suppress(EarshotError):

@@ -72,6 +72,7 @@ class Service:
         self._log = log
         self._clock = clock
         self._last_advance = -math.inf
+        self._sent: tuple[Batch, float] | None = None  # what is being committed, and when it was begun
 
     def run(self) -> None:
         """Serve until told to stop; then finish the batch in hand, leave the group and return.
@@ -104,6 +105,7 @@ class Service:
 
     def _serve(self, session: Session) -> None:
         states: States = {}
+        self._sent = None
         settled = self._clock() + SETTLED
         waiting: frozenset[int] = frozenset()
         while not self._stop.is_set():
@@ -119,8 +121,11 @@ class Service:
             waiting = self._wait_for(unplaced, waiting)
             if not records and not unplaced and started >= settled:
                 self._last_advance = started
+            if not records:
+                self._settle(session)
             for part in _parts(records, self._max_batch_bytes):
                 self._process(session, states, part)
+        self._settle(session)
 
     def _wait_for(self, unplaced: frozenset[int], before: frozenset[int]) -> frozenset[int]:
         """Say that partitions are ours and cannot be served yet, or that they can; return them."""
@@ -133,13 +138,26 @@ class Service:
         return unplaced
 
     def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:
-        """Run the pipeline and commit what it has made, in one transaction."""
+        """Run the pipeline and begin to commit what it has made, in one transaction.
+
+        The commit goes on while the next records are heard. They are heard with states that are not
+        committed yet; if that fails, these are lost with the session, and so is what they led to.
+        """
         started = self._clock()
         batch = self._pipeline.run(states, records)
         self._pulse.beat("heard a batch")
-        with session.transaction() as transaction:
+        self._settle(session)
+        with session.transaction(wait=False) as transaction:
             transaction.send(batch.outputs)
             transaction.commit_offsets(batch.offsets)
+        self._sent = batch, started
+
+    def _settle(self, session: Session) -> None:
+        """Wait until the batch that was sent last is committed, and tell of it."""
+        if self._sent is None:
+            return
+        (batch, started), self._sent = self._sent, None
+        session.settle()
         self._pulse.beat("committed")
         self._last_advance = self._clock()
         self._tell(batch, seconds=round(self._last_advance - started, 4))

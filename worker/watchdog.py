@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Final, TypeVar
@@ -40,6 +41,12 @@ class Watchdog:
             TimeoutError: ``call`` has not come back.
             Fatal: neither has it, nor have many before it.
         """
+        return self.start(seconds, call, discard=discard)()
+
+    def start(
+        self, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None = None
+    ) -> Callable[[], T]:
+        """Make a call as `call` does, and return at once; what is returned waits for it, as `call` would have."""
         outcome: Future[T] = Future()
 
         def run() -> None:
@@ -49,16 +56,21 @@ class Watchdog:
                 outcome.set_exception(error)
 
         thread = threading.Thread(target=run, name="watched", daemon=True)  # or it could keep the process from ending
+        deadline = time.monotonic() + seconds
         thread.start()
-        wait([outcome], seconds)
-        if outcome.done():
-            return outcome.result()
-        if discard is not None:
-            outcome.add_done_callback(_discarding(discard))
-        self._hung = [each for each in (*self._hung, thread) if each.is_alive()]
-        if len(self._hung) > HUNG_LIMIT:
-            raise Fatal(f"{len(self._hung)} calls have not come back, the last one for {seconds:.0f} s: start anew")
-        raise TimeoutError(f"it has not come back for {seconds:.0f} s, and is left behind")
+
+        def result() -> T:
+            wait([outcome], max(0.0, deadline - time.monotonic()))
+            if outcome.done():
+                return outcome.result()
+            if discard is not None:
+                outcome.add_done_callback(_discarding(discard))
+            self._hung = [each for each in (*self._hung, thread) if each.is_alive()]
+            if len(self._hung) > HUNG_LIMIT:
+                raise Fatal(f"{len(self._hung)} calls have not come back, the last one for {seconds:.0f} s: start anew")
+            raise TimeoutError(f"it has not come back for {seconds:.0f} s, and is left behind")
+
+        return result
 
 
 def _discarding(discard: Callable[[T], Any]) -> Callable[[Future[T]], None]:

@@ -287,6 +287,29 @@ def test_a_session_commits_batch_after_batch(broker: Broker, topics: Topics, gro
         assert {(0, 3), (1, 2)} == {(record.partition, record.offset) for record in poll_until(session, 2)}
 
 
+def test_a_commit_goes_on_while_the_session_is_polled(broker: Broker, topics: Topics, group: str) -> None:
+    """A transaction that is not waited for is committed all the same, and a poll goes on behind what was read."""
+    broker.publish(sounds(topics, b"a", b"b", b"c"))
+    stream = broker.follow([topics.predictions_out], from_beginning=True)
+
+    with closing(broker.join(group, "one")) as session:
+        poll_until(session, 3)
+        with session.transaction(wait=False) as transaction:
+            transaction.send(predictions(topics, b"A"))
+            transaction.commit_offsets({0: 1})
+        broker.publish(sounds(topics, b"d"))
+        assert [b"d"] == values(poll_until(session, 1))
+        with session.transaction(wait=False) as transaction:
+            transaction.send(predictions(topics, b"B"))
+            transaction.commit_offsets({0: 2})
+        session.settle()
+        assert [b"A", b"B"] == values(follow_until(stream, 2))
+        session.settle()  # there is nothing more to wait for
+
+    with closing(broker.join(group, "one")) as session:
+        assert [b"c", b"d"] == values(poll_until(session, 2))
+
+
 def test_an_exception_inside_the_block_leaves_nothing_behind(broker: Broker, topics: Topics, group: str) -> None:
     """The exception passes through, no message becomes visible, and a new session gets the same records."""
     broker.publish(sounds(topics, b"a", b"b"))
@@ -562,6 +585,16 @@ class Story:
         commit(self.session, self.outputs(records), dict(enumerate(self.positions)))
         self.committed = list(self.positions)
 
+    def commit_two(self) -> None:
+        """Commit once without waiting for it, and read and commit again."""
+        if records := self.poll():
+            with self.session.transaction(wait=False) as transaction:
+                transaction.send(self.outputs(records))
+                transaction.commit_offsets(dict(enumerate(self.positions)))
+            self.committed = list(self.positions)
+            self.commit()
+            self.session.settle()
+
     def abort(self) -> None:
         if not (records := self.poll()):
             return
@@ -593,8 +626,8 @@ class Story:
 def test_every_record_has_one_output_whatever_happens(broker: Broker, topics: Topics, group: str, seed: int) -> None:
     """Publishing, committing, aborting, leaving and dying in any order yields each output once, in order."""
     story = Story(broker, topics, group, seed)
-    actions = [story.publish, story.commit, story.abort, story.rejoin, story.die]
-    for action in story.random.choices(actions, weights=[6, 6, 1, 1, 1], k=100):
+    actions = [story.publish, story.commit, story.commit_two, story.abort, story.rejoin, story.die]
+    for action in story.random.choices(actions, weights=[6, 3, 3, 1, 1, 1], k=100):
         action()
     deadline = time.monotonic() + PATIENCE
     while story.committed != story.published and time.monotonic() < deadline:

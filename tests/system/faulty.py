@@ -23,7 +23,7 @@ from worker import broker_kafka, broker_sqlite, pipeline
 from worker.broker import Broker
 from worker.errors import Retryable
 from worker.kafka_cluster import Producer
-from worker.messages import Record
+from worker.messages import Message, Record
 
 Mode = Literal["retryable", "kill"]
 
@@ -31,8 +31,8 @@ KAFKA: Final = {
     "join": (Producer, "init_transactions"),
     "poll": (broker_kafka.KafkaSession, "poll"),
     "begin": (Producer, "begin_transaction"),
-    "send": (Producer, "send"),
-    "flush": (Producer, "flush"),
+    "send": (Producer, "_enqueue"),
+    "flush": (Producer, "deliver"),
     "generation": (KafkaConsumer, "group_metadata"),
     "offsets": (Producer, "send_offsets_to_transaction"),
     "commit": (Producer, "commit_transaction"),
@@ -76,7 +76,7 @@ class Faults:
         return now
 
     def strike(self, when: str, step: str) -> None:
-        """Strike if this is the moment; the messages of a transaction are told apart by number."""
+        """Strike if this is the moment; what a transaction hands over is told apart by number."""
         if step == "begin":
             self._sends = 0
         self._sends += (when, step) == ("before", "send")
@@ -136,22 +136,23 @@ class Faults:
 
 
 class Undelivered:
-    """The future of a record whose delivery has timed out."""
+    """A record whose delivery has timed out."""
 
-    is_done = True
-
-    def get(self) -> None:
+    def wait(self, _deadline: float) -> None:
         raise KafkaTimeoutError("a fault: the record was not taken in time")
 
 
 def lose_a_message(faults: Faults) -> None:
     """Let the delivery of one message time out, which leaves the transaction of Kafka's client intact."""
-    send = Producer.send
+    write = Producer.write
 
-    def losing(*arguments: Any, **more: Any) -> Any:
-        return Undelivered() if faults.due(LOST) else send(*arguments, **more)
+    def losing(producer: Producer, messages: Iterable[Message]) -> list[Any]:
+        wanted = list(messages)
+        if not faults.due(LOST):
+            return list(write(producer, wanted))
+        return [Undelivered(), *write(producer, wanted[1:])]
 
-    Producer.send = losing
+    Producer.write = losing  # type: ignore[method-assign, assignment]  # it is the one, and loses one
 
 
 class Job(NamedTuple):

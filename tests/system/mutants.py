@@ -54,11 +54,12 @@ def _save_outside(session: Any, mutation: Mutation, save: Callable[[], None]) ->
     original = session.transaction
 
     @contextmanager
-    def transaction(one: Any) -> Iterator[Any]:
-        with original(one) as inside:
+    def transaction(one: Any, **how: Any) -> Iterator[Any]:
+        with original(one, **how) as inside:
             yield inside
             if mutation == "state first":
                 save()
+        one.settle()
         save()
 
     session.transaction = transaction

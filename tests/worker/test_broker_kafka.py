@@ -53,9 +53,9 @@ def sounds(topics: Topics, count: int) -> list[Message]:
     return [Message(topics.audio_in, b"source", b"%d" % n, partition=n % PARTITIONS) for n in range(count)]
 
 
-def process(session: KafkaSession, topics: Topics, records: list[Record]) -> None:
+def process(session: KafkaSession, topics: Topics, records: list[Record], *, wait: bool = True) -> None:
     """Commit one output for each record: the place where the record stood."""
-    with session.transaction() as transaction:
+    with session.transaction(wait=wait) as transaction:
         transaction.send(
             Message(topics.predictions_out, each.key, b"%d/%d" % (each.partition, each.offset)) for each in records
         )
@@ -250,6 +250,74 @@ def test_a_member_that_was_shown_out_cannot_commit(
     with closing(broker.join(group, "one")) as session:
         assert PARTITIONS == len(poll_for(session, PARTITIONS))
     assert [] == committed(broker, topics.predictions_out)
+
+
+def test_a_rebalance_waits_for_the_commit(
+    broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group's next generation would refuse it, and the session would be lost at each rebalance."""
+    order: list[str] = []
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        records = poll_for(session, PARTITIONS)
+        coordinator, producer = session._consumer._coordinator, session._producer
+        commit_transaction, join = producer.commit_transaction, coordinator.ensure_active_group
+
+        def commit() -> None:
+            time.sleep(0.5)  # a slow cluster
+            commit_transaction()
+            order.append("committed")
+
+        def joining(**how: object) -> object:
+            order.append("joined")
+            return join(**how)
+
+        monkeypatch.setattr(producer, "commit_transaction", commit)
+        monkeypatch.setattr(coordinator, "ensure_active_group", joining)
+        process(session, topics, records, wait=False)
+        coordinator.request_rejoin()
+        assert [] == order
+        session.poll(PATIENCE, 1)
+        session.settle()
+
+    assert ["committed", "joined"] == order[:2]
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
+
+
+def test_the_next_generation_refuses_a_commit_that_comes_late(
+    broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the partitions then begins where the last commit ended, so this one must not come through."""
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as one:
+        records = poll_for(one, PARTITIONS)
+        others_have_joined = threading.Event()
+        deliver = one._producer.deliver
+
+        def late(written: Sequence[kafka_cluster.Written]) -> None:
+            assert others_have_joined.wait(PATIENCE)
+            deliver(written)
+
+        monkeypatch.setattr(one._producer, "deliver", late)
+        monkeypatch.setattr(one._consumer, "rebalances", lambda: False)  # it is told too late
+        process(one, topics, records, wait=False)
+        with closing(broker.join(group, "two")) as two:
+            assigned: set[int] = set()
+
+            def joined() -> bool:
+                one.poll(0.1, 1)
+                assigned.update(two.poll(0.1, 1).assigned)
+                return len(assigned) == PARTITIONS // 2
+
+            wait_for(joined)
+            others_have_joined.set()
+            with pytest.raises(Retryable, match="commit"):
+                one.settle()
+
+    with closing(broker.join(group, "one")) as successor:
+        records = poll_for(successor, PARTITIONS)
+        process(successor, topics, records)
+    assert PARTITIONS == len(records) == len(committed(broker, topics.predictions_out))
 
 
 def test_lost_partitions_are_reported_and_won_back(broker: KafkaBroker, group: str) -> None:

@@ -424,12 +424,13 @@ class FailingSession:
         self._failing = failing
         self.poll = session.poll
         self.restore = session.restore
+        self.settle = session.settle
         self.close = session.close
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, wait: bool = True) -> Iterator[Transaction]:
         self._failing.happen("enter")
-        with self._session.transaction() as transaction:
+        with self._session.transaction(wait=wait) as transaction:
             yield FailingTransaction(transaction, self._failing)
             self._failing.happen("commit")
         self._failing.happen("committed")

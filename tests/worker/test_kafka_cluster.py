@@ -1,4 +1,4 @@
-"""What a consumer of ours does beyond the client's, on a real Apache Kafka."""
+"""What our consumer and our producer do beyond the client's, on a real Apache Kafka."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
+from kafka.partitioner.default import murmur2
 
 from worker import kafka_cluster
 from worker.broker_kafka import KafkaBroker
+from worker.errors import Fatal
 from worker.kafka_cluster import Cluster, Consumer, Partition
-from worker.messages import Message, Topics
+from worker.messages import Message, Record, Topics
 from worker.security import OPEN
 
 PATIENCE = 10.0  # seconds to wait for what must come
@@ -84,9 +86,56 @@ class TestFetchingAhead:
         with closing(Cluster([kafka_address], OPEN).producer(transactional_id=topic)) as producer:
             producer.init_transactions()
             producer.begin_transaction()
-            producer.deliver([producer.write(Message(topic, b"source", SOUND, partition=0))])
+            producer.deliver(producer.write([Message(topic, b"source", SOUND, partition=0)]))
             producer.commit_transaction()
         consumer.start([Partition(topic, 0)])
 
         assert 1 == len(consumer.records(PATIENCE))
         assert not consumer._fetcher.in_flight_fetches()
+
+
+class TestWriting:
+    def test_batches_that_a_topic_does_not_take(self, kafka_address: str) -> None:
+        """They are divided until it takes them, and each message arrives once, in order."""
+        cluster, topic = Cluster([kafka_address], OPEN), uuid.uuid4().hex
+        cluster.create({topic: {"num_partitions": 1, "configs": {"max.message.bytes": str(int(2.5 * len(SOUND)))}}})
+        keys = [b"%d" % number for number in range(20)]
+        with closing(cluster.producer(transactional_id=topic)) as producer, closing(cluster.consumer()) as consumer:
+            producer.init_transactions()
+            producer.begin_transaction()
+            written = producer.write(Message(topic, key, SOUND) for key in keys)
+            assert 1 == len({id(each._future) for each in written}), "they are not in one batch to be divided"
+            producer.deliver(written)
+            producer.commit_transaction()
+            consumer.start([Partition(topic, 0)])
+            records: list[Record] = []
+            deadline = time.monotonic() + PATIENCE
+            while len(records) < len(keys):
+                assert time.monotonic() < deadline, f"{len(records)} records came"
+                records += consumer.records(0.1)
+
+        assert keys == [each.key for each in records]
+
+    def test_a_message_that_a_topic_does_not_take(self, kafka_address: str) -> None:
+        """It is named, and so is what to do."""
+        cluster, topic = Cluster([kafka_address], OPEN), uuid.uuid4().hex
+        cluster.create({topic: {"num_partitions": 1, "configs": {"max.message.bytes": str(len(SOUND) // 2)}}})
+        with closing(cluster.producer()) as producer:
+            written = producer.write([Message(topic, b"large", SOUND), Message(topic, b"small", b"")])
+            with pytest.raises(Fatal, match=rf"of {len(SOUND) + 5} bytes is too large for topic '{topic}': raise"):
+                producer.deliver(written)
+
+    def test_the_partition_of_a_key(self, log: Callable[[int], str], consumer: Consumer, kafka_address: str) -> None:
+        """It is the one that every client of Kafka chooses."""
+        topic = log(0)
+        keys = [b"mic-%d" % number for number in range(30)]
+        with closing(Cluster([kafka_address], OPEN).producer()) as producer:
+            producer.deliver(producer.write(Message(topic, key, b"") for key in keys))
+        consumer.start([Partition(topic, number) for number in range(3)])
+        chosen: dict[bytes | None, int] = {}
+        deadline = time.monotonic() + PATIENCE
+        while len(chosen) < len(keys):
+            assert time.monotonic() < deadline, f"{len(chosen)} records came"
+            chosen |= {each.key: each.partition for each in consumer.records(0.1)}
+
+        assert {key: (murmur2(key) & 0x7FFFFFFF) % 3 for key in keys} == chosen

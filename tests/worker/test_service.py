@@ -110,14 +110,16 @@ class Scripted:
         self.poll_arguments: list[tuple[float, int]] = []
         self.restored: list[frozenset[int]] = []
         self.committed: list[tuple[list[int], dict[int, int]]] = []
+        self._under_way: ScriptedTransaction | None = None
         self.closed = 0
 
     def poll(self, timeout: float, max_records: int) -> Polled:
         self.poll_arguments.append((timeout, max_records))
         if not self._polls:
-            self._fail("poll")
-            assert self.stop is not None
-            self.stop.set()
+            if self._under_way is None:
+                self._fail("poll")
+                assert self.stop is not None
+                self.stop.set()
             return nothing()
         step = self._polls.pop(0)
         if isinstance(step, Exception):
@@ -130,13 +132,21 @@ class Scripted:
         yield from self._saved
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, wait: bool = True) -> Iterator[Transaction]:
+        self.settle()
         self._fail("enter")
         transaction = ScriptedTransaction(self._fail)
         yield transaction
-        self._fail("commit")
-        self.committed.append((transaction.counts, transaction.offsets))
-        self._fail("committed")
+        self._under_way = transaction
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._fail("commit")
+            self.committed.append((under_way.counts, under_way.offsets))
+            self._fail("committed")
 
     def close(self) -> None:
         self.closed += 1
@@ -251,7 +261,9 @@ class TestLoop:
     def test_logs(self) -> None:
         """What was assigned, committed and lost is said, with numbers, and that it has stopped."""
         broker = ScriptedBroker(
-            Scripted(polled(sound(0), assigned=[1, 0]), lost(), saved=[state(b"4"), state(b"foreign", "other")])
+            Scripted(
+                polled(sound(0), assigned=[1, 0]), nothing(), lost(), saved=[state(b"4"), state(b"foreign", "other")]
+            )
         )
 
         logs = serve(broker, Counter())
@@ -321,6 +333,45 @@ class TestMemory:
         serve(ScriptedBroker(session), Counter(), max_batch_bytes=20)
 
         assert [([1], {0: 1}), ([2], {0: 2}), ([3, 4], {0: 4})] == session.committed
+
+
+class TestCommitting:
+    """A batch is committed while the next one is read and heard."""
+
+    def test_while_the_next_batch_is_heard(self) -> None:
+        """It is waited for when the next one has been heard, and before that one is sent."""
+        session = Scripted(polled(sound(0), assigned=[0]), polled(sound(1)))
+        heard: list[int] = []
+
+        serve(ScriptedBroker(session), Counter(lambda _: heard.append(len(session.committed))))
+
+        assert [0, 0] == heard
+        assert [([1], {0: 1}), ([2], {0: 2})] == session.committed
+
+    def test_not_for_longer_than_nothing_comes(self) -> None:
+        """When a poll has brought nothing, what was sent is waited for, and told of."""
+        committed: list[int] = []
+
+        def look() -> Polled:
+            committed.append(len(session.committed))
+            return nothing()
+
+        session = Scripted(polled(sound(0), assigned=[0]), nothing(), look)
+
+        serve(ScriptedBroker(session), Counter())
+
+        assert [1] == committed
+
+    def test_what_was_heard_meanwhile_is_lost_with_it(self) -> None:
+        """If it fails, the batch that was heard with its states is not sent, and both are heard again."""
+        pipeline = Counter()
+        failing = Scripted(polled(sound(0), assigned=[0]), polled(sound(1)), fails_at="commit")
+        next_one = Scripted(polled(sound(0), sound(1), assigned=[0]))
+
+        serve(ScriptedBroker(failing, next_one), pipeline)
+
+        assert [] == failing.committed
+        assert [([1, 2], {0: 2})] == next_one.committed
 
 
 class TestAssignment:
@@ -490,7 +541,7 @@ class TestBackoff:
     def test_starts_over_after_a_commit(self) -> None:
         """A session that has committed ends the outage, although it fails later."""
         broker = ScriptedBroker(lost(), lost(), lost())
-        broker._script += [Scripted(after(broker.stop, 0.1, polled(sound(0))), lost()), lost(), lost()]
+        broker._script += [Scripted(after(broker.stop, 0.1, polled(sound(0))), nothing(), lost()), lost(), lost()]
 
         serve(broker, Counter())
 
@@ -560,7 +611,7 @@ class TestGivingUp:
         """Two outages with a commit, or a long quiet, between them are not added up."""
         broker = ScriptedBroker(*(lost() for _ in range(6)))
         stop = broker.stop
-        broker._script += [Scripted(after(stop, 1.0, polled(sound(0))), lost()), *(lost() for _ in range(5))]
+        broker._script += [Scripted(after(stop, 1.0, polled(sound(0))), nothing(), lost()), *(lost() for _ in range(5))]
         broker._script += [Scripted(after(stop, 1000.0), lost()), *(lost() for _ in range(5))]
 
         serve(broker, Counter(), give_up_seconds=35.0)
@@ -570,7 +621,7 @@ class TestGivingUp:
     def test_not_while_it_works(self) -> None:
         """A session that works for longer than the stated time may fail: what counts is the failing."""
         broker = ScriptedBroker()
-        broker._script.append(Scripted(after(broker.stop, 1000.0, polled(sound(0))), lost()))
+        broker._script.append(Scripted(after(broker.stop, 1000.0, polled(sound(0))), nothing(), lost()))
 
         serve(broker, Counter(), give_up_seconds=60.0)
 
@@ -676,12 +727,12 @@ class FlakySession:
     def __init__(self, session: Session, flaky: Flaky) -> None:
         self._session = session
         self._flaky = flaky
+        self._under_way: FlakyTransaction | None = None
 
     def poll(self, _timeout: float, max_records: int) -> Polled:
         self._flaky.fail("poll")
         result = self._session.poll(0.0, max_records)
-        if result == nothing():
-            # What this session has read before is committed, or it would not have been polled again.
+        if result == nothing() and self._under_way is None:  # what was read before is committed
             self._flaky.stop.set()
         return result
 
@@ -691,28 +742,41 @@ class FlakySession:
             yield record
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, wait: bool = True) -> Iterator[Transaction]:
+        self.settle()
         self._flaky.fail("enter")
-        with self._session.transaction() as transaction:
-            yield FlakyTransaction(transaction, self._flaky)
-            self._flaky.fail("commit")
-        self._flaky.fail("committed")
+        transaction = FlakyTransaction(self._flaky)
+        yield transaction
+        self._under_way = transaction
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Commit as late as is allowed, so that as much as possible has been built on it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            with self._session.transaction() as transaction:
+                transaction.send(under_way.messages)
+                transaction.commit_offsets(under_way.offsets)
+                self._flaky.fail("commit")
+            self._flaky.fail("committed")
 
     def close(self) -> None:
         self._session.close()
 
 
 class FlakyTransaction:
-    def __init__(self, transaction: Transaction, flaky: Flaky) -> None:
-        self._transaction = transaction
+    def __init__(self, flaky: Flaky) -> None:
+        self.messages: list[Message] = []
+        self.offsets: dict[int, int] = {}
         self._flaky = flaky
 
     def send(self, messages: Iterable[Message]) -> None:
-        self._transaction.send(messages)
+        self.messages += messages
         self._flaky.fail("send")
 
     def commit_offsets(self, offsets: Mapping[int, int]) -> None:
-        self._transaction.commit_offsets(offsets)
+        self.offsets |= offsets
         self._flaky.fail("offsets")
 
 
