@@ -26,13 +26,9 @@ from typing import Any, Final, NamedTuple
 
 from worker.broker import Polled
 from worker.errors import EarshotError, Fatal, Retryable
-from worker.kafka_cluster import (
+from worker.kafka_clients import (
     DELIVERY_TIMEOUT,
-    GRACE,
-    INIT_TIMEOUT,
     REQUEST_TIMEOUT,
-    TRANSACTION_TIMEOUT,
-    Cluster,
     Consumer,
     NoOffset,
     OffsetOutOfRange,
@@ -42,6 +38,7 @@ from worker.kafka_cluster import (
     Written,
     ms,
 )
+from worker.kafka_cluster import GRACE, INIT_TIMEOUT, TRANSACTION_TIMEOUT, Cluster
 from worker.messages import Message, Record, Topics, TopicSpec
 from worker.security import OPEN, Security
 

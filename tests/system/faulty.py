@@ -22,7 +22,7 @@ from tests.system.mutants import Mutation, mutate
 from worker import broker_kafka, broker_sqlite, pipeline
 from worker.broker import Broker
 from worker.errors import Retryable
-from worker.kafka_cluster import Producer
+from worker.kafka_clients import Producer
 from worker.messages import Message, Record
 
 Mode = Literal["retryable", "kill"]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from worker import broker_kafka, broker_sqlite
 from worker.broker import Broker
-from worker.kafka_cluster import Producer
+from worker.kafka_clients import Producer
 from worker.messages import Message, Topics
 
 Mutation = Literal["unchecked", "state first", "state last"]

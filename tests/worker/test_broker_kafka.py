@@ -22,7 +22,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from tests import apache_kafka
 from tests.conftest import missing
-from worker import broker_kafka, kafka_cluster
+from worker import broker_kafka, kafka_clients, kafka_cluster
 from worker.broker_kafka import KafkaBroker, KafkaSession, LostOffset
 from worker.errors import BadRecord, Fatal, Retryable
 from worker.kafka_cluster import Cluster
@@ -294,7 +294,7 @@ def test_the_next_generation_refuses_a_commit_that_comes_late(
         others_have_joined = threading.Event()
         deliver = one._producer.deliver
 
-        def late(written: Sequence[kafka_cluster.Written]) -> None:
+        def late(written: Sequence[kafka_clients.Written]) -> None:
             assert others_have_joined.wait(PATIENCE)
             deliver(written)
 

@@ -14,7 +14,8 @@ from kafka.partitioner.default import murmur2
 from worker import kafka_cluster
 from worker.broker_kafka import KafkaBroker
 from worker.errors import Fatal
-from worker.kafka_cluster import Cluster, Consumer, Partition
+from worker.kafka_clients import Consumer, Partition
+from worker.kafka_cluster import Cluster
 from worker.messages import Message, Record, Topics
 from worker.security import OPEN
 
