@@ -43,12 +43,10 @@ MEMBER_SILENCE: Final = 60.0
 
 
 class Latency(NamedTuple):
-    """Seconds from the call that produces a chunk to the poll that brings its prediction, and the rate it was at."""
+    """Seconds from the call that produces a chunk to the poll that brings its prediction."""
 
     p50: float
     p99: float
-    rate: float
-    records: int
 
 
 def create(address: str, names: Sequence[str], partitions: int = PARTITIONS) -> None:
@@ -231,7 +229,7 @@ def latency(address: str, topics: Topics, chunks: Sequence[Message], rate: float
         feeder.join()
     warm = int(0.1 * total)  # the first tenth may meet a cold cache
     waits = np.array([read[at] - sent for at, sent in sorted(produced.items(), key=lambda item: item[1])][warm:])
-    return Latency(float(np.median(waits)), float(np.quantile(waits, 0.99)), rate, len(waits))
+    return Latency(float(np.median(waits)), float(np.quantile(waits, 0.99)))
 
 
 def wait_until_idle(address: str, topics: Topics) -> None:
