@@ -18,7 +18,7 @@ ORDER = (
     *("profile", "calibration", "golden", "drift", "states", "bundle"),
     *("hearing", "pipeline"),
     *("config", "security", "broker", "watchdog"),
-    *("kafka_wire", "kafka_clients", "kafka_cluster", "broker_kafka", "broker_sqlite"),
+    *("kafka_wire", "kafka_clients", "kafka_cluster", "kafka_transactions", "broker_kafka", "broker_sqlite"),
     *("telemetry", "health", "memory", "supervisor"),
     *("service", "play", "text", "dlq", "board", "watch"),
     *("arguments", "__main__"),

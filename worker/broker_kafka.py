@@ -1,7 +1,8 @@
 """Apache Kafka, and what speaks its protocol, behind `worker.broker`.
 
-It owns what a session does and in which order, from fencing its predecessor to the commit. How the
-cluster is reached is for `worker.kafka_cluster`, and it knows nothing of audio, models or states.
+It owns what a session does and in which order, from fencing its predecessor to the commit. How it commits is for
+`worker.kafka_transactions`, how the cluster is reached for `worker.kafka_cluster`, and it knows nothing of audio,
+models or states.
 
 Exactly once is Kafka's transactions with the group's metadata (KIP-447): a session fences the
 producer that its predecessor of the same instance has left behind, and the group's coordinator
@@ -21,7 +22,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from worker.broker import Polled
@@ -35,10 +35,10 @@ from worker.kafka_clients import (
     Partition,
     Producer,
     RebalanceListener,
-    Written,
     ms,
 )
-from worker.kafka_cluster import GRACE, INIT_TIMEOUT, TRANSACTION_TIMEOUT, Cluster
+from worker.kafka_cluster import GRACE, INIT_TIMEOUT, Cluster
+from worker.kafka_transactions import KafkaTransaction, Transactions
 from worker.messages import Message, Record, Topics, TopicSpec
 from worker.security import OPEN, Security
 
@@ -229,21 +229,18 @@ class KafkaSession:
         unsettled: dict[str, bool],
     ) -> None:
         self._cluster = cluster
-        self._unsettled = unsettled
         self._on_lost_offset = on_lost_offset
         self._topics = topics
         self._group = f"{topics.prefix}{group}"  # systems with prefixes of their own share a cluster, not a group
         self._instance = instance
-        self._transactions = f"earshot/{self._group}/"
         self._changes = _Changes()
         self._heard = -math.inf
         self._placed = math.inf
-        self._under_way: Callable[[], None] | None = None  # the end of the last transaction
         self._farewells: list[Callable[[], None]] = []
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
-            self._producer, self._committed = self._succeed(f"{self._transactions}{instance}")
-            self._farewells.append(self._producer.end)
+            self._transactions = Transactions(cluster, topics, self._group, instance, unsettled)
+            self._farewells.append(self._transactions.end)
             self._consumer = cluster.consumer(
                 group_id=self._group,
                 auto_offset_reset="none",  # or the client would go on from elsewhere without a word
@@ -266,9 +263,9 @@ class KafkaSession:
         and, once another session of its instance has taken its place in the group, for good.
         """
         with self._coming_back():
-            self._require_leaders()
+            self._transactions.require_leaders()
             if self._consumer.rebalances():
-                self.settle()
+                self._transactions.settle()
             if time.monotonic() - self._heard > SILENCE:
                 self._cluster.require(self._topics)
                 if self._heard == -math.inf:
@@ -335,96 +332,28 @@ class KafkaSession:
         has just failed: the session is finished, and the next one of this instance aborts it.
         """
         with self._coming_back():
-            self.settle()
-            self._require_leaders()
-            self._cluster.attempt("begin a transaction", TRANSACTION_TIMEOUT, self._producer.begin_transaction)  # 1
-            self._unsettled.pop(f"{self._transactions}{self._instance}", None)  # the cluster will tell of this one
-            transaction = KafkaTransaction(self._cluster, self._producer)
+            transaction = self._transactions.begin()  # 1
             try:
                 yield transaction  # 2
                 member = self._membership() if transaction.offsets else None  # 3
             except (Retryable, GeneratorExit):  # the latter: nobody ends this block, and who clears it must not wait
                 raise
             except BaseException:
-                # An abort that fails leaves a producer that begins no other transaction.
-                with contextlib.suppress(EarshotError):
-                    self._cluster.attempt("abort", TRANSACTION_TIMEOUT, self._producer.abort_transaction)
-                    self._committed = False
+                self._transactions.abort()
                 raise
-            commit = partial(self._commit, transaction, member)
-            self._under_way = self._cluster.start("commit", TRANSACTION_TIMEOUT, commit)  # 4 to 6
+            self._transactions.commit(transaction, member)  # 4 to 6
             if wait:
-                self.settle()
+                self._transactions.settle()
 
     def settle(self) -> None:
         """Return when the last transaction is committed, or raise as its block would have done."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            with self._coming_back():
-                under_way()
-            self._committed = True
+        with self._coming_back():
+            self._transactions.settle()
 
     def close(self) -> None:
         """Leave the group, unless the session has failed and the next one comes back for it; free the connections."""
         while self._farewells:
             self._cluster.farewell(self._farewells.pop(0))
-
-    def _succeed(self, transactional_id: str, *, suspected: bool = False) -> tuple[Producer, bool | None]:
-        """Return the next producer of a transactional id, and how the last transaction before it has ended.
-
-        What the one before had begun is ended, and so is that one. What the cluster holds for complete
-        and is open nevertheless is ended as well (`Producer.settle`), seen or only ``suspected``.
-
-        Raises:
-            Fatal: something is open, and nobody knows any more how it should end. It is not guessed:
-                the wrong end would lose records or double them.
-        """
-        producer = self._cluster.producer(
-            transactional_id=transactional_id, transaction_timeout_ms=ms(TRANSACTION_TIMEOUT)
-        )
-        try:
-            committed = self._ended(transactional_id)
-            self._cluster.attempt("join", INIT_TIMEOUT + GRACE, producer.init_transactions)
-            left, unseen = self._cluster.left_open(producer.id, [spec.name for spec in self._topics.layout(1)])
-            if committed is not None and (left or suspected):
-                self._end_open(producer, [*left, *unseen], commit=committed)
-                self._unsettled.pop(transactional_id, None)
-            elif left:
-                places = ", ".join(f"{each.topic}-{each.partition}" for each in left)
-                raise Fatal(
-                    f"a transaction of {transactional_id} is open in {places} at {self._cluster}, and nobody knows any "
-                    "more whether it was committed: compare what stands there with the offsets of the group, and end "
-                    "it with `kafka-transactions.sh abort`"
-                )
-        except BaseException:
-            self._cluster.farewell(producer.end)
-            raise
-        return producer, committed
-
-    def _ended(self, transactional_id: str) -> bool | None:
-        """Return whether the last transaction of an id was committed, or None if there was none or nobody knows.
-
-        The cluster forgets it with `init_transactions`. A session that then fails, or does nothing,
-        leaves it to the next one in this process; only a commit that came through late knows better.
-        """
-        told = self._cluster.was_committed(transactional_id)
-        if told is not None and (told or transactional_id not in self._unsettled):
-            self._unsettled[transactional_id] = told
-        return self._unsettled.get(transactional_id)
-
-    def _end_open(self, producer: Producer, partitions: Sequence[Any], *, commit: bool) -> None:
-        self._cluster.attempt(
-            "end an open transaction",
-            TRANSACTION_TIMEOUT,
-            lambda: producer.settle(partitions, self._group, commit=commit),
-        )
-
-    def _require_leaders(self) -> None:
-        """Raise Retryable once partitions have other leaders: markers may be missing, which the next session writes."""
-        if self._producer.moved():
-            raise Retryable(
-                f"partitions at {self._cluster} have other leaders: transactions may have been left open there"
-            )
 
     def _require_places(self, unplaced: frozenset[int]) -> None:
         """Raise Retryable if partitions are ours and wait too long for their offsets, which the client does in silence.
@@ -438,19 +367,11 @@ class KafkaSession:
         self._placed = min(self._placed, now) if unplaced else now
         if now - self._placed <= PLACE_TIMEOUT:
             return
-        self.settle()
-        known = self._cluster.transactional_ids(self._transactions)
-        # An instance has no slash in its name: with one it is an instance of another group.
-        others = {each for each in known if "/" not in each.removeprefix(self._transactions)}
-        others -= {f"{self._transactions}{self._instance}"}
-        if self._committed is not None:
-            self._end_open(self._producer, [], commit=self._committed)
-        for other in sorted(others):
-            self._cluster.farewell(self._succeed(other, suspected=True)[0].end)
+        ended = self._transactions.end_all()
         raise Retryable(
             f"group {self._group!r} at {self._cluster} was told no offset of the partitions {sorted(unplaced)} of "
             f"{self._topics.audio_in!r} for {PLACE_TIMEOUT:.0f} s: a transaction that commits them is still open. "
-            f"Ended what may have been left by {', '.join(sorted(others)) or 'this instance'}; if this comes again, "
+            f"Ended what may have been left by {', '.join(ended) or 'this instance'}; if this comes again, "
             "look with `kafka-transactions.sh find-hanging`"
         )
 
@@ -523,32 +444,6 @@ class KafkaSession:
         if member.generation_id <= 0:
             raise Retryable(f"group {self._group!r} at {self._cluster} has a newer generation, without this member")
         return member
-
-    def _commit(self, transaction: KafkaTransaction, member: Any) -> None:
-        """Take steps 4 to 6; in 5 and 6 the client itself would wait for ever."""
-        self._producer.deliver(transaction.written)  # 4
-        if transaction.offsets:
-            self._producer.send_offsets(self._topics.audio_in, transaction.offsets, member)  # 5
-        self._producer.commit_transaction()  # 6
-
-
-class KafkaTransaction:
-    """What one transaction will commit: messages under way, and offsets noted."""
-
-    def __init__(self, cluster: Cluster, producer: Producer) -> None:
-        self._cluster = cluster
-        self._producer = producer
-        self.written: list[Written] = []
-        self.offsets: dict[int, int] = {}
-
-    def send(self, messages: Iterable[Message]) -> None:
-        """Hand messages to the producer, which sends them in the background."""
-        wanted = list(messages)
-        self.written += self._cluster.attempt("send", TRANSACTION_TIMEOUT, lambda: self._producer.write(wanted))
-
-    def commit_offsets(self, offsets: Mapping[int, int]) -> None:
-        """Note the next offset to read of each partition of ``audio.in``; they are sent after all messages."""
-        self.offsets |= offsets
 
 
 class _Changes(RebalanceListener):  # type: ignore[misc]  # the client ships no types

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-from worker import broker_kafka, broker_sqlite
+from worker import broker_kafka, broker_sqlite, kafka_transactions
 from worker.broker import Broker
 from worker.kafka_clients import Producer
 from worker.messages import Message, Topics
@@ -31,7 +31,7 @@ def mutate(mutation: Mutation, connect: Callable[[], Broker]) -> None:
             broker.publish(saved)
         saved.clear()
 
-    for transaction in (broker_kafka.KafkaTransaction, broker_sqlite._Transaction):
+    for transaction in (kafka_transactions.KafkaTransaction, broker_sqlite._Transaction):
         _divert_states(transaction, saved)
     for session in (broker_kafka.KafkaSession, broker_sqlite._Session):
         _save_outside(session, mutation, save)

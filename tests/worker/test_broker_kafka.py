@@ -260,7 +260,7 @@ def test_a_rebalance_waits_for_the_commit(
     broker.publish(sounds(topics, PARTITIONS))
     with closing(broker.join(group, "one")) as session:
         records = poll_for(session, PARTITIONS)
-        coordinator, producer = session._consumer._coordinator, session._producer
+        coordinator, producer = session._consumer._coordinator, session._transactions._producer
         commit_transaction, join = producer.commit_transaction, coordinator.ensure_active_group
 
         def commit() -> None:
@@ -292,13 +292,13 @@ def test_the_next_generation_refuses_a_commit_that_comes_late(
     with closing(broker.join(group, "one")) as one:
         records = poll_for(one, PARTITIONS)
         others_have_joined = threading.Event()
-        deliver = one._producer.deliver
+        deliver = one._transactions._producer.deliver
 
         def late(written: Sequence[kafka_clients.Written]) -> None:
             assert others_have_joined.wait(PATIENCE)
             deliver(written)
 
-        monkeypatch.setattr(one._producer, "deliver", late)
+        monkeypatch.setattr(one._transactions._producer, "deliver", late)
         monkeypatch.setattr(one._consumer, "rebalances", lambda: False)  # it is told too late
         process(one, topics, records, wait=False)
         with closing(broker.join(group, "two")) as two:
@@ -729,7 +729,7 @@ def test_a_broker_that_freezes_ends_the_session_in_time(
                         transaction.send(messages)
                         transaction.commit_offsets(offsets)
                         if stage == "commit":
-                            session._producer.flush()
+                            session._transactions._producer.flush()
                             mortal.freeze()
 
                 bounded(transact)
@@ -804,7 +804,9 @@ def test_what_the_broker_left_open_is_ended_as_it_was_meant(
         broker.publish(sounds(topics, PARTITIONS))
         with closing(broker.join(group, "one")) as session:
             records = poll_for(session, PARTITIONS)
-            monkeypatch.setattr(session._producer, "commit_transaction", getattr(session._producer, end))
+            monkeypatch.setattr(
+                session._transactions._producer, "commit_transaction", getattr(session._transactions._producer, end)
+            )
             process(session, topics, records)
             wait_for(lambda: is_complete(mortal.address, f"earshot/{topics.prefix}{group}/one"))
             mortal.kill()
@@ -889,7 +891,7 @@ def test_another_leader_ends_the_session(broker: KafkaBroker, topics: Topics, gr
         process(session, topics, poll_for(session, PARTITIONS))
         assert [] == session.poll(0.1, 1).records
         log = TopicPartition(topics.predictions_out, 0)
-        known = session._producer._metadata
+        known = session._transactions._producer._metadata
         epoch = known.leader_epoch_for_partition(log)
         known.update_partition_leader(log, known.leader_for_partition(log), epoch + 1)
         with pytest.raises(Retryable, match="have other leaders"):
@@ -905,7 +907,7 @@ def test_a_client_that_hangs_ends_the_session_in_time(
     with closing(broker.join(group, "one")) as session:
         records = poll_for(session, PARTITIONS)
         monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
-        monkeypatch.setattr(session._producer, "commit_transaction", never.wait)
+        monkeypatch.setattr(session._transactions._producer, "commit_transaction", never.wait)
         started = time.monotonic()
         with pytest.raises(Retryable, match=r"cannot commit at .*: it has not come back for 1 s"):
             process(session, topics, records)
@@ -924,7 +926,7 @@ def test_a_commit_that_comes_through_late_is_respected(
     broker.publish(sounds(topics, PARTITIONS))
     with closing(broker.join(group, "one")) as session:
         records = poll_for(session, PARTITIONS)
-        commit = session._producer.commit_transaction
+        commit = session._transactions._producer.commit_transaction
         committed_late = threading.Event()
         given_up = threading.Event()
 
@@ -934,7 +936,7 @@ def test_a_commit_that_comes_through_late_is_respected(
             committed_late.set()
 
         monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
-        monkeypatch.setattr(session._producer, "commit_transaction", late)
+        monkeypatch.setattr(session._transactions._producer, "commit_transaction", late)
         with pytest.raises(Retryable):
             process(session, topics, records)
         given_up.set()
@@ -953,7 +955,7 @@ def test_a_commit_that_comes_too_late_is_refused(
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(closing(broker.join(group, "one")))
         records = poll_for(session, PARTITIONS)
-        commit = session._producer.commit_transaction
+        commit = session._transactions._producer.commit_transaction
         refused: list[Exception] = []
         given_up, over = threading.Event(), threading.Event()
 
@@ -966,7 +968,7 @@ def test_a_commit_that_comes_too_late_is_refused(
             over.set()
 
         monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
-        monkeypatch.setattr(session._producer, "commit_transaction", late)
+        monkeypatch.setattr(session._transactions._producer, "commit_transaction", late)
         with pytest.raises(Retryable):
             process(session, topics, records)
         monkeypatch.undo()
