@@ -23,8 +23,9 @@ from worker.compiled import compiled, inlined
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 
-LANES: Final = 32
-"""Frames transformed together; fewer are slower, since each loop has a start, and more leave the second-level cache."""
+LANES: Final = 16
+"""Frames transformed together; fewer are slower, since each loop has a start. Of more, a part (`_transform`) does not
+stay in the first-level cache."""
 
 ROW: Final = 2 * LANES
 """Numbers that hold one complex sample of each frame: first the real parts, then the imaginary ones."""
@@ -35,8 +36,28 @@ IMAGINARY: Final = np.uint64(LANES)
 BLOCK: Final = 16
 """Samples that are taken from a piece before the next one's: as many as a line of the cache holds."""
 
+SHORTEST: Final = 64
 LONGEST: Final = 8192
-"""Samples of a frame, up to which `_transform` has stages."""
+"""Samples of a frame, from which and up to which `_transform` has stages."""
+
+
+class Stages(NamedTuple):
+    """How a transform of complex numbers is split: by ``radix``, by four, and then by four each part for itself.
+
+    A part has ``part`` rows, and the next one begins ``apart`` rows later: that is one more, since
+    rows that are a multiple of 4 KiB apart would take each other's places in the first-level cache.
+    """
+
+    radix: int
+    part: int
+    apart: int
+
+    @staticmethod
+    def of(half: int) -> Stages:
+        """Return those of a power of two; what a stage by two leaves is a power of four."""
+        radix = 4 if half.bit_length() % 2 else 2
+        part = half // radix // 4
+        return Stages(radix, part, part + 1)
 
 
 class Factors(NamedTuple):
@@ -44,8 +65,8 @@ class Factors(NamedTuple):
 
     window: Array  # (n_fft,), zero outside of win_length; half as high, for `_part` adds what is to be averaged
     twiddles: Array  # (n_fft / 2, 2): cosine and sine of -2 pi k / (n_fft / 2)
-    halves: Array  # (n_fft / 4 + 1, 2): cosine and sine of -2 pi k / n_fft
-    order: Array  # (n_fft / 2,): where the stages leave the frequency k
+    halves: Array  # (n_fft / 2, 2): cosine and sine of -2 pi k / n_fft
+    order: Array  # (n_fft / 8,): the row from which on the last stage finds the frequency k, with three more
     rows: Array  # (n_fft,): in which row of `_columns` a sample is
     shifts: Array  # (n_fft,): how many columns it is from the first sample of its frame
 
@@ -54,18 +75,20 @@ class Factors(NamedTuple):
     def of(n_fft: int, win_length: int, hop_length: int) -> Factors:
         """Compute them; ``n_fft`` is a power of two."""
         half = n_fft // 2
-        order, size, stride = np.zeros(half, np.int64), half, 1
-        while size > 1:
-            radix = 4 if size % 4 == 0 else 2
+        stages = Stages.of(half)
+        order, size, stride = np.zeros(half // 4, np.int64), half, 1
+        while size > 4:
+            radix = stages.radix if size == half else 4
             size //= radix
-            order += np.arange(half) // stride % radix * size
+            order += np.arange(half // 4) // stride % radix * size
             stride *= radix
+        order += order // stages.part * (stages.apart - stages.part)
         turns = np.arange(half) / half
         samples = np.arange(n_fft, dtype=np.uint64)
         return Factors(
             _hann(n_fft, win_length) / 2,
             _circle(turns),
-            _circle(turns[: half // 2 + 1] / 2),
+            _circle(turns / 2),
             order,
             samples % np.uint64(hop_length),
             samples // np.uint64(hop_length),
@@ -83,7 +106,7 @@ def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length
         win_length: how many samples in the middle of a frame are weighted, by a periodic Hann window.
     """
     n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
-    if n_fft & (n_fft - 1) or not 8 <= n_fft <= LONGEST:
+    if n_fft & (n_fft - 1) or not SHORTEST <= n_fft <= LONGEST:
         return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length))
     spectra = _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length, hop_length))
     return np.ascontiguousarray(spectra[:, :n_frames])
@@ -121,8 +144,35 @@ def _transform(half: int) -> Callable[..., Array]:
     """Return the transform of frames of 2 * half samples.
 
     There is machine code for each length: only if the distance between the numbers of a stage is
-    known does the compiler see that they do not overlap, and then it is more than three times as fast.
+    known does the compiler see that they do not overlap, and then it is more than three times as
+    fast. It sees it in each of three functions, and no longer in one that has all their loops.
+
+    The numbers are fetched from the second-level cache three times: two stages are taken with the
+    samples, all but the last of each part (`Stages`) while it is in the first-level cache, and the
+    last one with the powers.
     """
+    radix, part, apart = Stages.of(half)
+    opened = _open_by_four if radix == 4 else _open_by_two
+
+    def begin(
+        columns: Array, places: Array, first: int, window: Array, twiddles: Array, opening: Array, z: Array
+    ) -> None:
+        for n in range(part):
+            for row in range(4):
+                opened(columns, places, first, window, twiddles, n + row * part, opening, row)
+            for quarter in range(radix):
+                _by_four(opening, 4 * quarter, 1, z, 4 * quarter * apart + n, apart, twiddles, n * radix)
+
+    def split(z: Array, twiddles: Array) -> None:
+        for start in range(0, 4 * radix * apart, apart):
+            _split(z, start, part, part, twiddles, half)
+            _split(z, start, part, part // 4, twiddles, half)
+            _split(z, start, part, part // 16, twiddles, half)
+
+    def end(z: Array, order: Array, halves: Array, spectra: Array, first: int, n_frames: int, ending: Array) -> None:
+        _end(z, order, halves, half // 4, spectra, first, n_frames, ending)
+
+    begin, split, end = (_of_length(half, function) for function in (begin, split, end))
 
     def transform(
         samples: Array,
@@ -140,23 +190,26 @@ def _transform(half: int) -> Callable[..., Array]:
         n_columns = filled + 2 * half // hop_length
         columns = _columns(samples, margin, hop_length, n_columns)
         places = rows * np.uint64(n_columns) + shifts
-        spectra = np.empty((half + 1, filled), np.float32)
-        z = np.empty(half * ROW)
+        spectra = np.empty((half + 1) * filled, np.float32)
+        z = np.empty(4 * radix * apart * ROW)
+        opening, ending = np.empty(4 * radix * ROW), np.empty(8 * LANES, np.float32)
         for block in range(0, n_frames, LANES):
             first = min(block, filled - LANES)  # the last block is full too: some frames are done twice
-            _open(columns, places, first, window, twiddles, z, half)
-            _by_four(z, twiddles, half, half // 4)
-            _by_four(z, twiddles, half, half // 16)
-            _by_four(z, twiddles, half, half // 64)
-            _by_four(z, twiddles, half, half // 256)
-            _by_four(z, twiddles, half, half // 1024)
-            _by_two(z, half)
-            _part(z, order, halves, spectra, first)
-        return spectra
+            begin(columns, places, first, window, twiddles, opening, z)
+            split(z, twiddles)
+            end(z, order, halves, spectra, first, filled, ending)
+        return spectra.reshape(half + 1, filled)
 
-    # Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
-    transform.__qualname__ += f"_{half}"
-    return compiled(transform)
+    return _of_length(half, transform)
+
+
+def _of_length(half: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of `_transform`.
+
+    Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
+    """
+    function.__qualname__ += f"_{half}"
+    return compiled(function)
 
 
 @compiled
@@ -183,94 +236,177 @@ def _columns(samples: Array, margin: int, hop_length: int, n_columns: int) -> Ar
 
 
 @inlined
-def _butterfly(
-    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, w1: Any, v1: Any, w2: Any, v2: Any, w3: Any, v3: Any
-) -> Any:
-    """Transform the complex numbers a + ib, c + id, e + if and g + ih, and turn all but the first by factors w + iv."""
+def _butterfly(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """Transform the complex numbers a + ib, c + id, e + if and g + ih."""
     even_r, even_i, odd_r, odd_i = a + e, b + f, c + g, d + h
     apart_r, apart_i, turned_r, turned_i = a - e, b - f, d - h, g - c  # turned by -i
-    x1, y1 = apart_r + turned_r, apart_i + turned_i
-    x2, y2 = even_r - odd_r, even_i - odd_i
-    x3, y3 = apart_r - turned_r, apart_i - turned_i
     return (
         *(even_r + odd_r, even_i + odd_i),
-        *(x1 * w1 - y1 * v1, x1 * v1 + y1 * w1),
-        *(x2 * w2 - y2 * v2, x2 * v2 + y2 * w2),
-        *(x3 * w3 - y3 * v3, x3 * v3 + y3 * w3),
+        *(apart_r + turned_r, apart_i + turned_i),
+        *(even_r - odd_r, even_i - odd_i),
+        *(apart_r - turned_r, apart_i - turned_i),
     )
 
 
 @inlined
-def _open(columns: Array, places: Array, first: int, window: Array, twiddles: Array, z: Array, half: int) -> None:
-    """Weigh the samples, the even ones real and the odd ones imaginary, and take the first stage with them."""
-    quarter = half // 4
-    apart, start = np.uint64(quarter * ROW), np.uint64(first)
-    for n in range(quarter):
-        i, j, k, m = 2 * n, 2 * (n + quarter), 2 * (n + 2 * quarter), 2 * (n + 3 * quarter)
-        a, b, c, d = places[i] + start, places[i + 1] + start, places[j] + start, places[j + 1] + start
-        e, f, g, h = places[k] + start, places[k + 1] + start, places[m] + start, places[m + 1] + start
-        ra, rb, rc, rd = window[i], window[i + 1], window[j], window[j + 1]
-        re, rf, rg, rh = window[k], window[k + 1], window[m], window[m + 1]
-        w1, v1, w2, v2 = twiddles[n, 0], twiddles[n, 1], twiddles[2 * n, 0], twiddles[2 * n, 1]
-        w3, v3 = twiddles[3 * n, 0], twiddles[3 * n, 1]
-        for lane in range(np.uint64(LANES)):
-            p = np.uint64(n * ROW) + lane
-            q, r, s = p + apart, p + 2 * apart, p + 3 * apart
-            z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY], z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY] = _butterfly(
-                *(columns[a + lane] * ra, columns[b + lane] * rb, columns[c + lane] * rc, columns[d + lane] * rd),
-                *(columns[e + lane] * re, columns[f + lane] * rf, columns[g + lane] * rg, columns[h + lane] * rh),
-                *(w1, v1, w2, v2, w3, v3),
-            )
+def _turned(x: Any, y: Any, w: Any, v: Any) -> Any:
+    """Turn the complex number x + iy by the factor w + iv."""
+    return x * w - y * v, x * v + y * w
 
 
 @inlined
-def _by_four(z: Array, twiddles: Array, half: int, size: int) -> None:
-    """Split transforms of ``size`` numbers into four each, in place (Cooley and Tukey 1965), if they are as large."""
-    if size < 4:
+def _turning_butterfly(
+    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, w1: Any, v1: Any, w2: Any, v2: Any, w3: Any, v3: Any
+) -> Any:
+    """Transform four complex numbers as `_butterfly` does, and turn all but the first by factors w + iv."""
+    x0, y0, x1, y1, x2, y2, x3, y3 = _butterfly(a, b, c, d, e, f, g, h)
+    return (x0, y0, *_turned(x1, y1, w1, v1), *_turned(x2, y2, w2, v2), *_turned(x3, y3, w3, v3))
+
+
+@inlined
+def _open_by_four(
+    columns: Array, places: Array, first: int, window: Array, twiddles: Array, n: int, opening: Array, row: int
+) -> None:
+    """Weigh the samples, the even ones real and the odd ones imaginary, and take butterfly n of the first stage.
+
+    Of every fourth row of ``opening``, from ``row`` on, each is for another of the transforms that are left.
+    """
+    quarter, start = len(twiddles) // 4, np.uint64(first)
+    i, j, k, m = 2 * n, 2 * (n + quarter), 2 * (n + 2 * quarter), 2 * (n + 3 * quarter)
+    a, b, c, d = places[i] + start, places[i + 1] + start, places[j] + start, places[j + 1] + start
+    e, f, g, h = places[k] + start, places[k + 1] + start, places[m] + start, places[m + 1] + start
+    ra, rb, rc, rd = window[i], window[i + 1], window[j], window[j + 1]
+    re, rf, rg, rh = window[k], window[k + 1], window[m], window[m + 1]
+    w1, v1, w2, v2 = twiddles[n, 0], twiddles[n, 1], twiddles[2 * n, 0], twiddles[2 * n, 1]
+    w3, v3 = twiddles[3 * n, 0], twiddles[3 * n, 1]
+    for lane in range(np.uint64(LANES)):
+        p = np.uint64(row * ROW) + lane
+        q, r, s = p + np.uint64(4 * ROW), p + np.uint64(8 * ROW), p + np.uint64(12 * ROW)
+        x0, y0, x1, y1, x2, y2, x3, y3 = _turning_butterfly(
+            *(columns[a + lane] * ra, columns[b + lane] * rb, columns[c + lane] * rc, columns[d + lane] * rd),
+            *(columns[e + lane] * re, columns[f + lane] * rf, columns[g + lane] * rg, columns[h + lane] * rh),
+            *(w1, v1, w2, v2, w3, v3),
+        )
+        opening[p], opening[p + IMAGINARY], opening[q], opening[q + IMAGINARY] = x0, y0, x1, y1
+        opening[r], opening[r + IMAGINARY], opening[s], opening[s + IMAGINARY] = x2, y2, x3, y3
+
+
+@inlined
+def _open_by_two(
+    columns: Array, places: Array, first: int, window: Array, twiddles: Array, n: int, opening: Array, row: int
+) -> None:
+    """Do what `_open_by_four` does where the first stage is by two."""
+    i, j, start = 2 * n, 2 * n + len(twiddles), np.uint64(first)
+    a, b, c, d = places[i] + start, places[i + 1] + start, places[j] + start, places[j + 1] + start
+    ra, rb, rc, rd = window[i], window[i + 1], window[j], window[j + 1]
+    w, v = twiddles[n, 0], twiddles[n, 1]
+    for lane in range(np.uint64(LANES)):
+        p = np.uint64(row * ROW) + lane
+        q = p + np.uint64(4 * ROW)
+        e, f, g, h = columns[a + lane] * ra, columns[b + lane] * rb, columns[c + lane] * rc, columns[d + lane] * rd
+        opening[p], opening[p + IMAGINARY] = e + g, f + h
+        opening[q], opening[q + IMAGINARY] = _turned(e - g, f - h, w, v)
+
+
+@inlined
+def _by_four(
+    source: Array, row: int, step: int, target: Array, place: int, apart: int, twiddles: Array, turn: int
+) -> None:
+    """Take a butterfly from four rows of ``source`` to four of ``target``, turned by multiples of ``turn``."""
+    w1, v1, w2, v2 = twiddles[turn, 0], twiddles[turn, 1], twiddles[2 * turn, 0], twiddles[2 * turn, 1]
+    w3, v3 = twiddles[3 * turn, 0], twiddles[3 * turn, 1]
+    near, far = np.uint64(step * ROW), np.uint64(apart * ROW)
+    for lane in range(np.uint64(LANES)):
+        i, p = np.uint64(row * ROW) + lane, np.uint64(place * ROW) + lane
+        j, k, m = i + near, i + 2 * near, i + 3 * near
+        q, r, s = p + far, p + 2 * far, p + 3 * far
+        x0, y0, x1, y1, x2, y2, x3, y3 = _turning_butterfly(
+            *(source[i], source[i + IMAGINARY], source[j], source[j + IMAGINARY]),
+            *(source[k], source[k + IMAGINARY], source[m], source[m + IMAGINARY]),
+            *(w1, v1, w2, v2, w3, v3),
+        )
+        target[p], target[p + IMAGINARY], target[q], target[q + IMAGINARY] = x0, y0, x1, y1
+        target[r], target[r + IMAGINARY], target[s], target[s + IMAGINARY] = x2, y2, x3, y3
+
+
+@inlined
+def _split(z: Array, start: int, part: int, size: int, twiddles: Array, half: int) -> None:
+    """Split the transforms of ``size`` numbers in a part into four each, in place, but for the last stage."""
+    if size < 16:
         return
     quarter = size // 4
-    apart, stride = np.uint64(quarter * ROW), half // size
-    for start in range(0, half, size):
+    for first in range(start, start + part, size):
         for n in range(quarter):
-            k = n * stride
-            w1, v1, w2, v2 = twiddles[k, 0], twiddles[k, 1], twiddles[2 * k, 0], twiddles[2 * k, 1]
-            w3, v3 = twiddles[3 * k, 0], twiddles[3 * k, 1]
-            for lane in range(np.uint64(LANES)):
-                p = np.uint64((start + n) * ROW) + lane
-                q, r, s = p + apart, p + 2 * apart, p + 3 * apart
-                z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY], z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY] = (
-                    _butterfly(
-                        *(z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY]),
-                        *(z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY]),
-                        *(w1, v1, w2, v2, w3, v3),
-                    )
-                )
+            _by_four(z, first + n, quarter, z, first + n, quarter, twiddles, n * (half // size))
 
 
 @inlined
-def _by_two(z: Array, half: int) -> None:
-    """Transform pairs of numbers, in place: the last stage if ``half`` is no power of four."""
-    if half in (8, 32, 128, 512, 2048):
-        for start in range(0, half * ROW, 2 * ROW):
-            for number in range(np.uint64(ROW)):
-                p = np.uint64(start) + number
-                q = p + np.uint64(ROW)
-                z[p], z[q] = z[p] + z[q], z[p] - z[q]
+def _last(z: Array, p: Any) -> Any:
+    """Take a butterfly of the last stage, of four rows that follow each other; it has no factors."""
+    q, r, s = p + np.uint64(ROW), p + np.uint64(2 * ROW), p + np.uint64(3 * ROW)
+    return _butterfly(
+        *(z[p], z[p + IMAGINARY], z[q], z[q + IMAGINARY]),
+        *(z[r], z[r + IMAGINARY], z[s], z[s + IMAGINARY]),
+    )
 
 
 @inlined
-def _part(z: Array, order: Array, halves: Array, spectra: Array, first: int) -> None:
-    """Write the powers of `LANES` frames, from the transform of n / 2 complex numbers that were n real ones."""
-    half = len(order)
-    rows = z.reshape(half, ROW)
-    for k in range(half // 2 + 1):
-        low, high = spectra[k, first : first + LANES], spectra[half - k, first : first + LANES]
-        here, mirrored = rows[order[k]], rows[order[(half - k) % half]]
-        wr, wi = halves[k, 0], halves[k, 1]
-        for lane in range(LANES):
-            zr, zi, mr, mi = here[lane], here[LANES + lane], mirrored[lane], mirrored[LANES + lane]
-            even_r, even_i = zr + mr, zi - mi
-            x, y = zi + mi, mr - zr
-            odd_r, odd_i = x * wr - y * wi, x * wi + y * wr
-            low[lane] = (even_r + odd_r) ** 2 + (even_i + odd_i) ** 2
-            high[lane] = (even_r - odd_r) ** 2 + (even_i - odd_i) ** 2
+def _part(zr: Any, zi: Any, mr: Any, mi: Any, wr: Any, wi: Any) -> Any:
+    """Return the powers at frequencies k and n / 2 - k, of which the transform of n / 2 numbers had z and m."""
+    even_r, even_i = zr + mr, zi - mi
+    odd_r, odd_i = _turned(zi + mi, mr - zr, wr, wi)
+    return (even_r + odd_r) ** 2 + (even_i + odd_i) ** 2, (even_r - odd_r) ** 2 + (even_i - odd_i) ** 2
+
+
+@inlined
+def _end(
+    z: Array, order: Array, halves: Array, quarter: int, spectra: Array, first: int, n_frames: int, ending: Array
+) -> None:
+    """Take the last stage, and write the powers of `LANES` frames, of which n real numbers were n / 2 complex ones."""
+    width, row = np.uint64(n_frames), np.uint64(LANES)
+    rows = np.uint64(quarter) * width
+    for k in range(1, quarter // 2 + 1):
+        here, mirrored = np.uint64(order[k] * ROW), np.uint64(order[quarter - k] * ROW)
+        w0, v0, w1, v1 = halves[k, 0], halves[k, 1], halves[k + quarter, 0], halves[k + quarter, 1]
+        w2, v2 = halves[k + 2 * quarter, 0], halves[k + 2 * quarter, 1]
+        w3, v3 = halves[k + 3 * quarter, 0], halves[k + 3 * quarter, 1]
+        for lane in range(row):
+            a, b, c, d, e, f, g, h = _last(z, here + lane)
+            i, j, m, n, o, p, q, r = _last(z, mirrored + lane)
+            ending[lane], ending[lane + 7 * row] = _part(a, b, q, r, w0, v0)
+            ending[lane + row], ending[lane + 6 * row] = _part(c, d, o, p, w1, v1)
+            ending[lane + 2 * row], ending[lane + 5 * row] = _part(e, f, m, n, w2, v2)
+            ending[lane + 3 * row], ending[lane + 4 * row] = _part(g, h, i, j, w3, v3)
+        low, high = np.uint64(k) * width + np.uint64(first), np.uint64(quarter - k) * width + np.uint64(first)
+        for number in range(np.uint64(4)):
+            _keep(ending, number * row, spectra, low + number * rows)
+            _keep(ending, (number + np.uint64(4)) * row, spectra, high + number * rows)
+    w0, v0, w1, v1 = halves[0, 0], halves[0, 1], halves[quarter, 0], halves[quarter, 1]
+    w2, v2 = halves[2 * quarter, 0], halves[2 * quarter, 1]
+    for lane in range(row):  # the frequency 0 and its multiples are their own mirror
+        a, b, c, d, e, f, g, h = _last(z, lane)
+        ending[lane], ending[lane + 4 * row] = _part(a, b, a, b, w0, v0)
+        ending[lane + row], ending[lane + 3 * row] = _part(c, d, g, h, w1, v1)
+        ending[lane + 2 * row], _ = _part(e, f, e, f, w2, v2)
+    for number in range(np.uint64(5)):
+        _keep(ending, number * row, spectra, np.uint64(first) + number * rows)
+
+
+@inlined
+def _keep(ending: Array, row: Any, spectra: Array, place: Any) -> None:
+    """Copy the powers of a frequency."""
+    for lane in range(np.uint64(0), np.uint64(LANES), np.uint64(8)):
+        _copy_eight(ending, row + lane, spectra, place + lane)
+
+
+@inlined
+def _copy_eight(source: Array, i: Any, target: Array, j: Any) -> None:
+    """Copy numbers, of which all are read before one is written: so the compiler need not find out if they overlap."""
+    i1, i2, i3, i4 = i + np.uint64(1), i + np.uint64(2), i + np.uint64(3), i + np.uint64(4)
+    i5, i6, i7 = i + np.uint64(5), i + np.uint64(6), i + np.uint64(7)
+    j1, j2, j3, j4 = j + np.uint64(1), j + np.uint64(2), j + np.uint64(3), j + np.uint64(4)
+    j5, j6, j7 = j + np.uint64(5), j + np.uint64(6), j + np.uint64(7)
+    a, b, c, d = source[i], source[i1], source[i2], source[i3]
+    e, f, g, h = source[i4], source[i5], source[i6], source[i7]
+    target[j], target[j1], target[j2], target[j3] = a, b, c, d
+    target[j4], target[j5], target[j6], target[j7] = e, f, g, h
