@@ -42,14 +42,14 @@ FLOAT32: Final = np.dtype(np.float32)
 LEAF: Final = np.uint32(2**31)
 """Set in a child that is a leaf; the other bits are its row of `Forest.values`."""
 
-NODE: Final = np.dtype(
-    [
-        ("threshold", np.float32),  # x goes left if it is at most this
-        ("feature", np.uint32),  # the column compared
-        ("children", np.uint32, (2,)),  # the right one and the left one: each the index of a node, or a leaf
-    ]
-)
-"""A split; leaves are no nodes. Indices are unsigned since numba then need not look for negative ones."""
+THRESHOLD: Final = np.uint32(0)
+"""Column of `Forest.nodes`: x goes left if it is at most this; the bits of a float32."""
+
+FEATURE: Final = np.uint32(1)
+"""Column of `Forest.nodes`: which feature is compared."""
+
+RIGHT: Final = np.uint32(2)
+"""Column of `Forest.nodes`: the right child, and after it the left one: each the index of a node, or a leaf."""
 
 WALKS: Final = 128
 """Walks under way at once, each down another tree. Enough to hide the latency of a cache; few enough for trees of up to
@@ -63,15 +63,17 @@ class Forest:
 
     ``classes`` are the labels in the order of the columns of `predict_proba`, or None for a
     regressor: they tell which of the two methods answers, and the other one raises TypeError.
-    ``nodes`` are the splits of all trees, ``nan_left`` says which of them send NaN to the left, and
-    each of ``roots`` is where one tree starts, as a child is. ``values`` has a row for each leaf:
+    ``nodes`` has a row for each split of all trees, for leaves are no nodes. It is plain and unsigned:
+    numba takes longer to recognise an array of structures than to walk a tree, and looks for indices
+    below zero where there can be any. ``nan_left`` says which splits send NaN to the left, and each of
+    ``roots`` is where one tree starts, as a child is. ``values`` has a row for each leaf:
     the probabilities of the classes, or the one predicted value. The first rows of a classifier's
     belong to all leaves that are certain of one class, in the order of the classes.
     """
 
     classes: tuple[str, ...] | None
     n_features: int
-    nodes: NDArray[np.void]
+    nodes: NDArray[np.uint32]
     nan_left: NDArray[np.bool_]
     roots: NDArray[np.uint32]
     values: Matrix
@@ -127,8 +129,7 @@ class Forest:
         """
         if self.classes is None:
             raise TypeError("this forest is a regressor and has no probabilities; call predict")
-        probabilities: Matrix = self._ask(_probabilities, features)
-        return probabilities
+        return self._ask(_probabilities, features, len(self.classes))
 
     def predict(self, features: NDArray[np.float32]) -> tuple[Matrix, Matrix]:
         """Return the value predicted for each row of ``features``, and how far the trees disagree.
@@ -146,22 +147,22 @@ class Forest:
         """
         if self.classes is not None:
             raise TypeError("this forest is a classifier and has no values; call predict_proba")
-        values, spreads = self._ask(_values, features)
-        return values, spreads
+        answers = self._ask(_values, features, 2)
+        return answers[:, 0], answers[:, 1]
 
-    def _ask(self, answer: Callable[..., Any], features: NDArray[np.float32]) -> Any:
+    def _ask(self, answer: Callable[..., bool], features: NDArray[np.float32], columns: int) -> Matrix:
         if features.dtype != FLOAT32 or features.ndim != 2 or features.shape[1] != self.n_features:
             raise ValueError(
                 f"expected float32 features of shape (n, {self.n_features}), got {features.dtype} of {features.shape}"
             )
         features = np.ascontiguousarray(features)
-        answers = answer(self.nodes, self.roots, self.values, features, False)
-        if answers is None:
+        answers = np.empty((len(features), columns))  # one made by numba would take twice as long to be returned
+        if not answer(self.nodes, self.roots, self.values, features, answers):
             features, nodes = self._with_missing(features)
-            answers = answer(nodes, self.roots, self.values, features, True)
+            answer(nodes, self.roots, self.values, features, answers)
         return answers
 
-    def _with_missing(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.void]]:
+    def _with_missing(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
         """Return features and nodes for which NaN is as good as any number.
 
         NaN is not at most a threshold, so it goes right. The splits that send it left look at a
@@ -172,7 +173,7 @@ class Forest:
             row, column = np.argwhere(infinite)[0]
             raise ValueError(f"feature {column} of row {row} is {features[row, column]}, expected a finite number")
         nodes = self.nodes.copy()
-        nodes["feature"][self.nan_left] += np.uint32(self.n_features)
+        nodes[self.nan_left, FEATURE] += np.uint32(self.n_features)
         return np.hstack([features, np.where(np.isnan(features), np.float32(-np.inf), features)]), nodes
 
 
@@ -184,10 +185,10 @@ def _shared(leaves: Matrix) -> tuple[NDArray[np.intp], Matrix]:
     return rows, np.concatenate([np.eye(n_classes), leaves[~certain]])
 
 
-def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[np.void], NDArray[np.uint32]]:
+def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return the splits of all trees and where each tree starts; ``leaves`` are its leaves one after the other."""
     is_leaf = [tree.children_left == NO_CHILD for tree in trees]
-    nodes = np.empty(sum(np.count_nonzero(~each) for each in is_leaf), NODE)
+    nodes = np.empty((sum(np.count_nonzero(~each) for each in is_leaf), 4), np.uint32)
     roots = np.empty(len(trees), np.uint32)
     first_node = first_leaf = 0
     for number, (tree, leaf) in enumerate(zip(trees, is_leaf, strict=True)):
@@ -197,10 +198,10 @@ def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[
         here[leaf] = leaves[first_leaf:last_leaf]
         here[~leaf] = np.arange(first_node, last_node)
         splits = nodes[first_node:last_node]
-        splits["threshold"] = _round_down(tree.threshold[~leaf])
-        splits["feature"] = tree.feature[~leaf]
-        splits["children"][:, 0] = here[tree.children_right[~leaf]]
-        splits["children"][:, 1] = here[tree.children_left[~leaf]]
+        splits[:, THRESHOLD] = _round_down(tree.threshold[~leaf]).view(np.uint32)
+        splits[:, FEATURE] = tree.feature[~leaf]
+        splits[:, RIGHT] = here[tree.children_right[~leaf]]
+        splits[:, RIGHT + 1] = here[tree.children_left[~leaf]]
         roots[number] = here[0]
         first_node, first_leaf = last_node, last_leaf
     return nodes, roots
@@ -213,65 +214,67 @@ def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
 
 @compiled
 def _probabilities(
-    nodes: NDArray[np.void],
+    nodes: NDArray[np.uint32],
     roots: NDArray[np.uint32],
     values: Matrix,
     features: NDArray[np.float32],
-    missing: bool,  # noqa: FBT001  # machine code is called by position
-) -> Matrix | None:
-    """Return the mean over the trees, shape (n, n_classes); None if a feature is not finite and none may be missing."""
-    if not (missing or _are_finite(features)):
-        return None
+    means: Matrix,
+) -> bool:
+    """Write means over the trees, shape (n, n_classes), and return whether all features are finite.
+
+    If they are not, the means are right only for what `Forest._with_missing` returned.
+    """
     leaves = _leaves(nodes, roots, features)
-    n_rows, n_classes = len(features), values.shape[1]
-    sums = np.zeros((n_rows, n_classes))
+    n_rows, n_classes = means.shape
+    means[:] = 0.0
     for row in range(n_rows):
         for leaf in leaves[row]:
             if leaf < n_classes:  # certain of one class
-                sums[row, leaf] += 1.0
+                means[row, leaf] += 1.0
             else:
                 for column in range(n_classes):
-                    sums[row, column] += values[leaf, column]
-    sums /= len(roots)
-    return sums
+                    means[row, column] += values[leaf, column]
+    means /= len(roots)
+    return _are_finite(features)
 
 
 @compiled
 def _values(
-    nodes: NDArray[np.void],
+    nodes: NDArray[np.uint32],
     roots: NDArray[np.uint32],
     values: Matrix,
     features: NDArray[np.float32],
-    missing: bool,  # noqa: FBT001  # machine code is called by position
-) -> tuple[Matrix, Matrix] | None:
-    """Return mean and population standard deviation over the trees, shapes (n,); None as `_probabilities` does."""
-    if not (missing or _are_finite(features)):
-        return None
+    answers: Matrix,
+) -> bool:
+    """Write means and population standard deviations over the trees, shape (n, 2); return as `_probabilities` does."""
     leaves = _leaves(nodes, roots, features)
     n_rows, n_trees = leaves.shape
-    means, spreads = np.zeros(n_rows), np.zeros(n_rows)
     for row in range(n_rows):
+        total = squares = 0.0
         for leaf in leaves[row]:
-            means[row] += values[leaf, 0]
-        means[row] /= n_trees
+            total += values[leaf, 0]
+        mean = total / n_trees
         for leaf in leaves[row]:
-            spreads[row] += (values[leaf, 0] - means[row]) ** 2
-        spreads[row] = np.sqrt(spreads[row] / n_trees)
-    return means, spreads
+            squares += (values[leaf, 0] - mean) ** 2
+        answers[row, 0] = mean
+        answers[row, 1] = np.sqrt(squares / n_trees)
+    return _are_finite(features)
 
 
 @compiled
 def _are_finite(features: NDArray[np.float32]) -> bool:
+    numbers = features.reshape(-1)
     finite = True
-    for x in features.reshape(-1):
-        finite &= np.abs(x) < np.float32(np.inf)
+    for i in range(len(numbers)):  # by index, for an iterator keeps the compiler from looking at several at once
+        finite &= np.abs(numbers[i]) < np.float32(np.inf)
     return finite
 
 
 @compiled
-def _leaves(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
+def _leaves(nodes: NDArray[np.uint32], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Return the leaf that each tree has for each row of ``features``, shape (n, n_trees)."""
     n_rows, n_trees = len(features), len(roots)
+    thresholds = nodes.view(np.float32)
     leaves = np.empty((n_rows, n_trees), np.uint32)
     under_way = np.empty(min(n_trees, WALKS), np.uint32)  # which walks have not ended: the first n of these
     for first in range(0, n_trees, WALKS):
@@ -284,7 +287,7 @@ def _leaves(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArra
                 under_way[n] = walk
                 n += starts[walk] < LEAF
             while n:
-                n = _step(nodes, x, at, under_way, n)
+                n = _step(nodes, thresholds, x, at, under_way, n)
             for walk in range(len(starts)):
                 at[walk] &= ~LEAF
     return leaves
@@ -292,7 +295,8 @@ def _leaves(nodes: NDArray[np.void], roots: NDArray[np.uint32], features: NDArra
 
 @compiled
 def _step(
-    nodes: NDArray[np.void],
+    nodes: NDArray[np.uint32],
+    thresholds: NDArray[np.float32],
     x: NDArray[np.float32],
     at: NDArray[np.uint32],
     under_way: NDArray[np.uint32],
@@ -303,7 +307,8 @@ def _step(
     for i in range(n):
         walk = under_way[i]
         node = nodes[at[walk]]
-        child = node.children[np.uint32(x[node.feature] <= node.threshold)]
+        left = x[node[FEATURE]] <= thresholds[at[walk], THRESHOLD]
+        child = node[RIGHT + np.uint32(left)]
         at[walk] = child
         under_way[kept] = walk  # stays if the walk goes on, and is overwritten if not: no branch to guess
         kept += int(child < LEAF)

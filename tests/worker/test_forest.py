@@ -280,6 +280,7 @@ def test_the_wrong_question_is_refused() -> None:
         (normal(3, columns=5), r"expected float32 features of shape \(n, 6\), got float32 of \(3, 5\)"),
         (normal(3).astype(np.float64), r"expected float32 features of shape \(n, 6\), got float64 of \(3, 6\)"),
         (normal(3)[0], r"expected float32 features of shape \(n, 6\), got float32 of \(6,\)"),
+        (normal(3)[0, 0], r"expected float32 features of shape \(n, 6\), got float32 of \(\)"),
         (np.full((3, 6), 1e39), "got float64"),
         (
             np.where(np.eye(3, 6, 2) == 1, np.float32(-np.inf), normal(3)),
