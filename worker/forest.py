@@ -1,10 +1,10 @@
 """A fitted scikit-learn forest, flattened: the same numbers to the last bit, without the overhead.
 
 scikit-learn walks one row down one tree at a time: each step waits for a node to come from memory,
-and every second branch is guessed wrong by the processor. Here the walks of a row down a hundred
-trees take one step each in turn, without a branch: the processor waits for many nodes together and
-guesses nothing. This module knows trees and matrices; it must not know what a feature is, or where
-a model came from.
+and every second branch is guessed wrong by the processor. Here ten walks of a row, each down
+another tree, take one step each in turn, without a branch, and where one has ended the next begins:
+the processor waits for many nodes together and guesses nothing. This module knows trees and
+matrices; it must not know what a feature is, or where a model came from.
 
 Three things make the result equal to scikit-learn's bit by bit:
 
@@ -42,19 +42,28 @@ FLOAT32: Final = np.dtype(np.float32)
 LEAF: Final = np.uint32(2**31)
 """Set in a child that is a leaf; the other bits are its row of `Forest.values`."""
 
+# The columns of `Forest.nodes`. Its rows are no structures, since a call with an array of those takes a tenth of a
+# microsecond longer; indices are unsigned since numba then need not look for negative ones.
 THRESHOLD: Final = np.uint32(0)
-"""Column of `Forest.nodes`: x goes left if it is at most this; the bits of a float32."""
+"""The bits of a float32: x goes left if it is at most this."""
 
 FEATURE: Final = np.uint32(1)
-"""Column of `Forest.nodes`: which feature is compared."""
+"""Which column of the features is compared."""
 
 RIGHT: Final = np.uint32(2)
-"""Column of `Forest.nodes`: the right child, and after it the left one: each the index of a node, or a leaf."""
+LEFT: Final = np.uint32(3)
+"""The children: each the index of a node, or a leaf. A step takes RIGHT, or one more."""
 
-WALKS: Final = 128
-"""Walks under way at once, each down another tree. Enough to hide the latency of a cache; few enough for trees of up to
-500 splits to stay in the second one while row after row comes down. Of 32 to 256 the fastest. With larger trees, rows
-by the hundred take up to two thirds longer than if several of them went down a few trees together; fewer take less."""
+TREE: Final = np.uint64(32)
+"""From this bit on, a walk is the number of its tree; the bits below are the node where it is."""
+
+HANDS: Final = 10
+"""Walks under way at once, each down another tree. Enough to hide the latency of a cache; few enough for the compiler
+to write out the step of each, without a loop. Of 8 to 20 the fastest."""
+
+BLOCK: Final = 128
+"""Trees that row after row comes down before all rows come down the next ones: few enough for trees of up to 500 splits
+to stay in the second cache. Without blocks, rows by the hundred take nearly twice as long down a thousand trees."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,12 +72,12 @@ class Forest:
 
     ``classes`` are the labels in the order of the columns of `predict_proba`, or None for a
     regressor: they tell which of the two methods answers, and the other one raises TypeError.
-    ``nodes`` has a row for each split of all trees, for leaves are no nodes. It is plain and unsigned:
-    numba takes longer to recognise an array of structures than to walk a tree, and looks for indices
-    below zero where there can be any. ``nan_left`` says which splits send NaN to the left, and each of
-    ``roots`` is where one tree starts, as a child is. ``values`` has a row for each leaf:
-    the probabilities of the classes, or the one predicted value. The first rows of a classifier's
-    belong to all leaves that are certain of one class, in the order of the classes.
+    ``nodes`` are the splits of all trees, then for each tree that is a single leaf a node that leads
+    to it on both sides, and at last the idle node, which leads to itself. ``nan_left`` says which of
+    the splits send NaN to the left, and each of ``roots`` is the node where one tree starts.
+    ``values`` has a row for each leaf: the probabilities of the classes, or the one predicted value.
+    The first rows of a classifier's belong to all leaves that are certain of one class, in the order
+    of the classes.
     """
 
     classes: tuple[str, ...] | None
@@ -173,7 +182,8 @@ class Forest:
             row, column = np.argwhere(infinite)[0]
             raise ValueError(f"feature {column} of row {row} is {features[row, column]}, expected a finite number")
         nodes = self.nodes.copy()
-        nodes[self.nan_left, FEATURE] += np.uint32(self.n_features)
+        splits = nodes[: len(self.nan_left)]
+        splits[self.nan_left, FEATURE] += np.uint32(self.n_features)
         return np.hstack([features, np.where(np.isnan(features), np.float32(-np.inf), features)]), nodes
 
 
@@ -186,7 +196,7 @@ def _shared(leaves: Matrix) -> tuple[NDArray[np.intp], Matrix]:
 
 
 def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return the splits of all trees and where each tree starts; ``leaves`` are its leaves one after the other."""
+    """Return the nodes and where each tree starts; ``leaves`` are those of the trees one after the other."""
     is_leaf = [tree.children_left == NO_CHILD for tree in trees]
     nodes = np.empty((sum(np.count_nonzero(~each) for each in is_leaf), 4), np.uint32)
     roots = np.empty(len(trees), np.uint32)
@@ -201,10 +211,15 @@ def _flatten(trees: Sequence[Any], leaves: NDArray[np.uint32]) -> tuple[NDArray[
         splits[:, THRESHOLD] = _round_down(tree.threshold[~leaf]).view(np.uint32)
         splits[:, FEATURE] = tree.feature[~leaf]
         splits[:, RIGHT] = here[tree.children_right[~leaf]]
-        splits[:, RIGHT + 1] = here[tree.children_left[~leaf]]
+        splits[:, LEFT] = here[tree.children_left[~leaf]]
         roots[number] = here[0]
         first_node, first_leaf = last_node, last_leaf
-    return nodes, roots
+    alone = np.flatnonzero(roots >= LEAF)  # a walk starts at a node, also where its tree has none
+    idle = len(nodes) + len(alone)
+    others = np.zeros((len(alone) + 1, 4), np.uint32)
+    others[:, RIGHT] = others[:, LEFT] = np.append(roots[alone], np.uint32(idle))
+    roots[alone] = np.arange(len(nodes), idle)
+    return np.concatenate([nodes, others]), roots
 
 
 def _round_down(thresholds: Matrix) -> NDArray[np.float32]:
@@ -228,7 +243,8 @@ def _probabilities(
     n_rows, n_classes = means.shape
     means[:] = 0.0
     for row in range(n_rows):
-        for leaf in leaves[row]:
+        for tree in range(len(roots)):
+            leaf = leaves[row, tree]
             if leaf < n_classes:  # certain of one class
                 means[row, leaf] += 1.0
             else:
@@ -248,14 +264,14 @@ def _values(
 ) -> bool:
     """Write means and population standard deviations over the trees, shape (n, 2); return as `_probabilities` does."""
     leaves = _leaves(nodes, roots, features)
-    n_rows, n_trees = leaves.shape
-    for row in range(n_rows):
+    n_trees = len(roots)
+    for row in range(len(features)):
         total = squares = 0.0
-        for leaf in leaves[row]:
-            total += values[leaf, 0]
+        for tree in range(n_trees):
+            total += values[leaves[row, tree], 0]
         mean = total / n_trees
-        for leaf in leaves[row]:
-            squares += (values[leaf, 0] - mean) ** 2
+        for tree in range(n_trees):
+            squares += (values[leaves[row, tree], 0] - mean) ** 2
         answers[row, 0] = mean
         answers[row, 1] = np.sqrt(squares / n_trees)
     return _are_finite(features)
@@ -272,44 +288,51 @@ def _are_finite(features: NDArray[np.float32]) -> bool:
 
 @compiled
 def _leaves(nodes: NDArray[np.uint32], roots: NDArray[np.uint32], features: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the leaf that each tree has for each row of ``features``, shape (n, n_trees)."""
+    """Return the leaf that each tree has for each row of ``features``, and a last column that means nothing."""
     n_rows, n_trees = len(features), len(roots)
     thresholds = nodes.view(np.float32)
-    leaves = np.empty((n_rows, n_trees), np.uint32)
-    under_way = np.empty(min(n_trees, WALKS), np.uint32)  # which walks have not ended: the first n of these
-    for first in range(0, n_trees, WALKS):
-        starts = roots[first : first + WALKS]
+    leaves = np.empty((n_rows, n_trees + 1), np.uint32)
+    walks = np.empty(BLOCK + HANDS + 1, np.uint64)
+    hands = np.empty(HANDS, np.uint64)
+    idle = np.uint64(n_trees) << TREE | np.uint64(len(nodes) - 1)
+    for first in range(0, n_trees, BLOCK):
+        n = min(BLOCK, n_trees - first)
+        for i in range(n):
+            walks[i] = np.uint64(first + i) << TREE | np.uint64(roots[first + i])
+        for i in range(n, n + HANDS + 1):
+            walks[i] = idle
         for row in range(n_rows):
-            x, at = features[row], leaves[row, first : first + WALKS]  # where each walk is: at a node, or in a leaf
-            n = 0
-            for walk in range(len(starts)):
-                at[walk] = starts[walk]
-                under_way[n] = walk
-                n += starts[walk] < LEAF
-            while n:
-                n = _step(nodes, thresholds, x, at, under_way, n)
-            for walk in range(len(starts)):
-                at[walk] &= ~LEAF
+            _walk(nodes, thresholds, features[row], walks, n, hands, leaves[row])
+    for row in range(n_rows):
+        for tree in range(n_trees):
+            leaves[row, tree] &= ~LEAF
     return leaves
 
 
 @compiled
-def _step(
+def _walk(
     nodes: NDArray[np.uint32],
     thresholds: NDArray[np.float32],
     x: NDArray[np.float32],
-    at: NDArray[np.uint32],
-    under_way: NDArray[np.uint32],
+    walks: NDArray[np.uint64],
     n: int,
-) -> int:
-    """Take the first ``n`` walks of ``under_way`` one node further; leave those that go on first, and count them."""
-    kept = 0
-    for i in range(n):
-        walk = under_way[i]
-        node = nodes[at[walk]]
-        left = x[node[FEATURE]] <= thresholds[at[walk], THRESHOLD]
-        child = node[RIGHT + np.uint32(left)]
-        at[walk] = child
-        under_way[kept] = walk  # stays if the walk goes on, and is overwritten if not: no branch to guess
-        kept += int(child < LEAF)
-    return kept
+    hands: NDArray[np.uint64],
+    leaves: NDArray[np.uint32],
+) -> None:
+    """Write into ``leaves`` where the first ``n`` of ``walks`` end; those after them idle, and never end."""
+    for hand in range(HANDS):
+        hands[hand] = walks[hand]
+    taken = np.uint64(HANDS)
+    while taken < np.uint64(n + HANDS):  # one was taken for each that has ended
+        for hand in range(HANDS):
+            walk = hands[hand]
+            node = np.uint32(walk)
+            left = x[nodes[node, FEATURE]] <= thresholds[node, THRESHOLD]
+            child = nodes[node, RIGHT + np.uint32(left)]
+            leaves[walk >> TREE] = child  # what is written last is the leaf
+            further = walk - np.uint64(node) + np.uint64(child)
+            # The highest bit of the child, which says that it is a leaf, in all bits. The compiler would make a branch
+            # of anything plainer, and one that the processor cannot guess.
+            ended = np.uint64(np.int64(np.int32(child)) >> np.int64(63))
+            hands[hand] = further ^ ((further ^ walks[taken]) & ended)
+            taken -= ended  # all bits together are minus one

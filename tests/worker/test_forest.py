@@ -20,7 +20,7 @@ from sklearn.ensemble import (
 )
 
 from worker.errors import BadModel
-from worker.forest import WALKS, Forest
+from worker.forest import BLOCK, HANDS, Forest
 
 Features = NDArray[np.float32]
 
@@ -71,7 +71,7 @@ def assert_identical(expected: NDArray[Any], actual: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("max_depth", [1, None])
-@pytest.mark.parametrize("n_estimators", [1, 9, WALKS - 1, WALKS, WALKS + 1, 300])
+@pytest.mark.parametrize("n_estimators", [1, HANDS - 1, HANDS, HANDS + 1, BLOCK - 1, BLOCK, BLOCK + 1, 300])
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_numbers_for_any_number_of_trees_and_rows(kind: type, n_estimators: int, max_depth: int | None) -> None:
     """Whole and partial blocks of trees, and batches of any size, give scikit-learn's numbers."""
@@ -92,6 +92,17 @@ def test_same_numbers_for_any_number_of_trees_and_rows(kind: type, n_estimators:
 def test_same_numbers_however_the_trees_were_grown(kind: type, settings: dict[str, Any]) -> None:
     """The order and the number of the nodes do not matter."""
     assert_same(fitted(kind, **settings), normal(100, seed=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_leaves_among_trees(kind: type) -> None:
+    """Trees that are a leaf, since they saw one class only, count as the others do, with missing values too."""
+    train, features = normal(200), normal(50, seed=1)
+    model = kind(BLOCK + 50, bootstrap=True, random_state=0).fit(train, np.arange(200) == 0)
+    assert 1 in (counts := {tree.tree_.node_count for tree in model.estimators_})
+    assert len(counts) > 1
+    features[::2, 0] = np.nan
+    assert_same(model, features, train, train[:1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
