@@ -22,7 +22,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from tests import apache_kafka
 from tests.conftest import missing
-from worker import broker_kafka, kafka_clients, kafka_cluster
+from worker import broker_kafka, kafka_clients, kafka_cluster, kafka_transactions
 from worker.broker_kafka import KafkaBroker, KafkaSession, LostOffset
 from worker.errors import BadRecord, Fatal, Retryable
 from worker.kafka_cluster import Cluster
@@ -906,7 +906,7 @@ def test_a_client_that_hangs_ends_the_session_in_time(
     never = threading.Event()
     with closing(broker.join(group, "one")) as session:
         records = poll_for(session, PARTITIONS)
-        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(kafka_transactions, "TRANSACTION_TIMEOUT", 1.0)
         monkeypatch.setattr(session._transactions._producer, "commit_transaction", never.wait)
         started = time.monotonic()
         with pytest.raises(Retryable, match=r"cannot commit at .*: it has not come back for 1 s"):
@@ -935,7 +935,7 @@ def test_a_commit_that_comes_through_late_is_respected(
             commit()
             committed_late.set()
 
-        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(kafka_transactions, "TRANSACTION_TIMEOUT", 1.0)
         monkeypatch.setattr(session._transactions._producer, "commit_transaction", late)
         with pytest.raises(Retryable):
             process(session, topics, records)
@@ -967,7 +967,7 @@ def test_a_commit_that_comes_too_late_is_refused(
                 refused.append(error)
             over.set()
 
-        monkeypatch.setattr(broker_kafka, "TRANSACTION_TIMEOUT", 1.0)
+        monkeypatch.setattr(kafka_transactions, "TRANSACTION_TIMEOUT", 1.0)
         monkeypatch.setattr(session._transactions._producer, "commit_transaction", late)
         with pytest.raises(Retryable):
             process(session, topics, records)
