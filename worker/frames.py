@@ -260,7 +260,9 @@ def _weighted(rows: Array, weights: Array) -> Array:
     return sums
 
 
+@compiled
 def _means(rows: Floats) -> Array:
+    """Return the mean of each row, shape (rows,)."""
     return _weighted(rows, np.ones(rows.shape[1])) / rows.shape[1]
 
 
