@@ -25,13 +25,15 @@ class Polled(NamedTuple):
     before ``records`` are processed. ``revoked`` are partitions that are ours no longer: their
     states must be dropped. A partition in both was lost and won back: drop, then restore.
     ``unplaced`` are partitions that are ours and bring no records yet, for the broker has not told
-    where to go on from; a session ends if that takes too long.
+    where to go on from; a session ends if that takes too long. ``more`` says that records are
+    waiting behind these, as far as is known.
     """
 
     records: list[Record]
     assigned: frozenset[int]
     revoked: frozenset[int]
     unplaced: frozenset[int] = frozenset()
+    more: bool = False
 
 
 class Transaction(Protocol):

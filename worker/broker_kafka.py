@@ -277,7 +277,9 @@ class KafkaSession:
                 self._heard = time.monotonic()
             unplaced = self._consumer.unplaced()
             self._require_places(unplaced)
-            return Polled(records, *self._changes.take(), unplaced)
+            return Polled(
+                records, *self._changes.take(), unplaced, self._consumer.is_behind(self._consumer.assignment())
+            )
 
     def restore(self, partitions: Iterable[int]) -> Iterator[Record]:
         """Yield the latest record of each key in these partitions of ``drift.state``.

@@ -220,9 +220,16 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
                 raise kafka_errors.KafkaTimeoutError(f"no offset of {partition} within {REQUEST_TIMEOUT:.0f} s")
 
     def records(self, timeout: float, max_records: int | None = None) -> list[Record]:
-        """Poll for at most ``timeout`` seconds."""
+        """Poll for at most ``timeout`` seconds, and on a backlog ask for what comes next.
+
+        It comes while this is worked on. The client asks by the same rule, that no partition of the last fetch is left
+        untouched, but only when it is polled, and then waits. Of records that trickle in nothing is asked ahead: the
+        first of them would be brought alone, the rest only after it, and what else that broker is asked would wait
+        behind the question.
+        """
         polled = self.poll(timeout_ms=ms(timeout), max_records=max_records)
-        self._fetch_ahead(polled)
+        if self.is_behind(polled) and not self._fetcher._completed_fetches:  # noqa: SLF001 - there is no other way in
+            self._fetcher.send_fetches()
         return [
             Record(
                 each.topic,
@@ -237,18 +244,13 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
             for each in records
         ]
 
-    def _fetch_ahead(self, topic_partitions: Iterable[Any]) -> None:
-        """Ask for what comes next, if there is more than was polled: it comes while this is worked on.
+    def is_behind(self, partitions: Iterable[Any]) -> bool:
+        """Return whether one of these has more to read than was polled, as far as the last fetch has told.
 
-        The client asks by the same rule, that no partition of the last fetch is left untouched, but only when it is
-        polled, and then waits. Of records that trickle in nothing is asked ahead: the first of them would be brought
-        alone, the rest only after it, and what else that broker is asked would wait behind the question.
+        The position counts, and not the last record: it has passed the marker that ends a transaction.
         """
-        fetcher, places = self._fetcher, self._subscription.assignment
-        # The position, and not the last record: it has passed the marker that ends a transaction.
-        more = any(places[each].position.offset < (self.highwater(each) or 0) for each in topic_partitions)
-        if more and not fetcher._completed_fetches:  # noqa: SLF001 - there is no other way in
-            fetcher.send_fetches()
+        places = (self._subscription.assignment.get(each) for each in partitions)
+        return any(place and place.position and place.position.offset < (place.highwater or 0) for place in places)
 
     def resume_joining(self) -> None:
         """See a rebalance through that was under way when the last poll ended.

@@ -109,7 +109,7 @@ class Service:
         settled = self._clock() + SETTLED
         waiting: frozenset[int] = frozenset()
         while not self._stop.is_set():
-            records, assigned, revoked, unplaced = session.poll(self._poll_seconds, self._max_batch_records)
+            records, assigned, revoked, unplaced, more = session.poll(self._poll_seconds, self._max_batch_records)
             self._pulse.beat("polled")
             started = self._clock()
             if assigned or revoked:
@@ -121,10 +121,10 @@ class Service:
             waiting = self._wait_for(unplaced, waiting)
             if not records and not unplaced and started >= settled:
                 self._last_advance = started
-            if not records:
-                self._settle(session)
             for part in _parts(records, self._max_batch_bytes):
                 self._process(session, states, part)
+            if not more:
+                self._settle(session)
         self._settle(session)
 
     def _wait_for(self, unplaced: frozenset[int], before: frozenset[int]) -> frozenset[int]:
@@ -140,8 +140,9 @@ class Service:
     def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:
         """Run the pipeline and begin to commit what it has made, in one transaction.
 
-        The commit goes on while the next records are heard. They are heard with states that are not
-        committed yet; if that fails, these are lost with the session, and so is what they led to.
+        On a backlog the commit goes on while the next records are heard. They are heard with states that are
+        not committed yet; if that fails, these are lost with the session, and so is what they led to. Where
+        nothing waits, `_serve` waits for the commit: a record that came meanwhile would have to wait for two.
         """
         started = self._clock()
         batch = self._pipeline.run(states, records)

@@ -161,7 +161,9 @@ def sample(pid: int) -> Sample:
 
 
 def _typical(samples: Sequence[Sample]) -> Sample:
-    return Sample(*(round(median(column)) for column in zip(*samples, strict=True)))
+    """Return the size between two calls: those have a thread, and may have a file, of their own."""
+    memory, threads, files = zip(*samples, strict=True)
+    return Sample(round(median(memory)), min(threads), min(files))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -252,6 +252,23 @@ def test_a_member_that_was_shown_out_cannot_commit(
     assert [] == committed(broker, topics.predictions_out)
 
 
+def test_a_poll_says_whether_more_is_waiting(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """More than it may bring is; when all has been brought, nothing is."""
+    broker.publish(sounds(topics, 3 * PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        told: list[tuple[int, bool]] = []
+
+        def all_polled() -> bool:
+            polled = session.poll(0.2, PARTITIONS)
+            told.extend([(len(polled.records), polled.more)] if polled.records else [])
+            return sum(count for count, _ in told) == 3 * PARTITIONS
+
+        wait_for(all_polled)
+
+    assert told[0][1]
+    assert not told[-1][1]
+
+
 def test_a_rebalance_waits_for_the_commit(
     broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Iterator
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,15 @@ from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _received
+from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _received, _Receiver
 
 Pair = tuple[socket.socket, socket.socket]
+PATIENCE = 10.0  # seconds to wait for what must come
+
+
+def readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether a socket is ready to be read, now or within so many seconds."""
+    return bool(select.select([sock], [], [], seconds)[0])
 
 
 @pytest.fixture
@@ -76,6 +84,67 @@ class TestReceived:
 
         assert b"" == received
         assert "Bad file descriptor" in str(error)
+
+
+class TestReceiver:
+    """Large responses gather in the system before anybody is woken."""
+
+    @pytest.fixture
+    def ends(self) -> Iterator[Pair]:
+        """Two ends of a connection by TCP, the first of which does not wait."""
+        with socket.create_server(("localhost", 0)) as server:
+            here = socket.create_connection(server.getsockname())
+            there, _ = server.accept()
+        here.setblocking(False)
+        with here, there:
+            yield here, there
+
+    @pytest.fixture
+    def receiver(self, ends: Pair) -> tuple[_Receiver, SimpleNamespace]:
+        """One on the first end, which has begun with a response of 1,000 bytes; and the client's parser."""
+        parser = SimpleNamespace(_receiving=True, _rbuffer=_Frame(1000))
+        protocol = SimpleNamespace(parser=parser)
+        return _Receiver(SimpleNamespace(_sock=ends[0], get_protocol=lambda: protocol)), parser
+
+    def test_the_rest_is_told_of_at_once(self, ends: Pair, receiver: tuple[_Receiver, SimpleNamespace]) -> None:
+        """The socket is not ready before all of it is there."""
+        (here, there), (receive, parser) = ends, receiver
+        there.sendall(b"x" * 10)
+        assert readable(here, PATIENCE)
+        received, _ = receive()
+        parser._rbuffer.write(received)
+
+        there.sendall(b"x" * 989)
+        assert not readable(here, 0.2)
+        there.sendall(b"x")
+        assert readable(here, PATIENCE)
+        assert 990 == len(receive()[0])
+
+    def test_what_follows_is_told_of_byte_by_byte(
+        self, ends: Pair, receiver: tuple[_Receiver, SimpleNamespace]
+    ) -> None:
+        """Of the next response nothing is known yet."""
+        (here, there), (receive, parser) = ends, receiver
+        there.sendall(b"x" * 10)
+        assert readable(here, PATIENCE)
+        parser._rbuffer.write(receive()[0])
+        there.sendall(b"x" * 990)
+        assert readable(here, PATIENCE)
+        receive()
+
+        there.sendall(b"x")
+        assert readable(here, PATIENCE)
+
+    def test_the_end_is_told_at_once(self, ends: Pair, receiver: tuple[_Receiver, SimpleNamespace]) -> None:
+        """However much was to come."""
+        (here, there), (receive, _) = ends, receiver
+        there.sendall(b"x")
+        assert readable(here, PATIENCE)
+        receive()
+        there.close()
+
+        assert readable(here, PATIENCE)
+        assert isinstance(receive()[1], KafkaConnectionError)
 
 
 class TestFrame:

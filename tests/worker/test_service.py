@@ -222,8 +222,8 @@ def state(value: bytes, source: str = "mic", partition: int = 0) -> Record:
     return Record(TOPICS.drift_state, partition, 0, 0, source.encode(), value)
 
 
-def polled(*records: Record, assigned: Iterable[int] = (), revoked: Iterable[int] = ()) -> Polled:
-    return Polled(list(records), frozenset(assigned), frozenset(revoked))
+def polled(*records: Record, assigned: Iterable[int] = (), revoked: Iterable[int] = (), more: bool = False) -> Polled:
+    return Polled(list(records), frozenset(assigned), frozenset(revoked), more=more)
 
 
 def nothing() -> Polled:
@@ -336,41 +336,53 @@ class TestMemory:
 
 
 class TestCommitting:
-    """A batch is committed while the next one is read and heard."""
+    """On a backlog a batch is committed while the next one is read and heard."""
 
     def test_while_the_next_batch_is_heard(self) -> None:
         """It is waited for when the next one has been heard, and before that one is sent."""
-        session = Scripted(polled(sound(0), assigned=[0]), polled(sound(1)))
+        session = Scripted(polled(sound(0), assigned=[0], more=True), polled(sound(1), more=True), polled(sound(2)))
         heard: list[int] = []
 
         serve(ScriptedBroker(session), Counter(lambda _: heard.append(len(session.committed))))
 
+        assert [0, 0, 1] == heard
+        assert [([1], {0: 1}), ([2], {0: 2}), ([3], {0: 3})] == session.committed
+
+    def test_parts_of_a_poll(self) -> None:
+        """So are those of a poll that brought more than one transaction may have."""
+        session = Scripted(polled(sound(0), sound(1), assigned=[0]))
+        heard: list[int] = []
+
+        serve(ScriptedBroker(session), Counter(lambda _: heard.append(len(session.committed))), max_batch_bytes=8)
+
         assert [0, 0] == heard
         assert [([1], {0: 1}), ([2], {0: 2})] == session.committed
 
-    def test_not_for_longer_than_nothing_comes(self) -> None:
-        """When a poll has brought nothing, what was sent is waited for, and told of."""
+    @pytest.mark.parametrize("last", [polled(sound(1)), nothing()])
+    def test_at_the_end_of_it_nothing_is_left_over(self, last: Polled) -> None:
+        """Where nothing waits to be read, a poll begins when all is committed: what comes then waits for nobody."""
         committed: list[int] = []
 
         def look() -> Polled:
             committed.append(len(session.committed))
             return nothing()
 
-        session = Scripted(polled(sound(0), assigned=[0]), nothing(), look)
+        session = Scripted(polled(sound(0), assigned=[0], more=True), last, look)
 
         serve(ScriptedBroker(session), Counter())
 
-        assert [1] == committed
+        assert [1 + len(last.records)] == committed
 
     def test_what_was_heard_meanwhile_is_lost_with_it(self) -> None:
         """If it fails, the batch that was heard with its states is not sent, and both are heard again."""
         pipeline = Counter()
-        failing = Scripted(polled(sound(0), assigned=[0]), polled(sound(1)), fails_at="commit")
+        failing = Scripted(polled(sound(0), assigned=[0], more=True), polled(sound(1)), fails_at="commit")
         next_one = Scripted(polled(sound(0), sound(1), assigned=[0]))
 
         serve(ScriptedBroker(failing, next_one), pipeline)
 
         assert [] == failing.committed
+        assert 3 == len(pipeline.states)
         assert [([1, 2], {0: 2})] == next_one.committed
 
 
@@ -541,7 +553,7 @@ class TestBackoff:
     def test_starts_over_after_a_commit(self) -> None:
         """A session that has committed ends the outage, although it fails later."""
         broker = ScriptedBroker(lost(), lost(), lost())
-        broker._script += [Scripted(after(broker.stop, 0.1, polled(sound(0))), nothing(), lost()), lost(), lost()]
+        broker._script += [Scripted(after(broker.stop, 0.1, polled(sound(0))), lost()), lost(), lost()]
 
         serve(broker, Counter())
 
@@ -611,7 +623,7 @@ class TestGivingUp:
         """Two outages with a commit, or a long quiet, between them are not added up."""
         broker = ScriptedBroker(*(lost() for _ in range(6)))
         stop = broker.stop
-        broker._script += [Scripted(after(stop, 1.0, polled(sound(0))), nothing(), lost()), *(lost() for _ in range(5))]
+        broker._script += [Scripted(after(stop, 1.0, polled(sound(0))), lost()), *(lost() for _ in range(5))]
         broker._script += [Scripted(after(stop, 1000.0), lost()), *(lost() for _ in range(5))]
 
         serve(broker, Counter(), give_up_seconds=35.0)
@@ -621,7 +633,7 @@ class TestGivingUp:
     def test_not_while_it_works(self) -> None:
         """A session that works for longer than the stated time may fail: what counts is the failing."""
         broker = ScriptedBroker()
-        broker._script.append(Scripted(after(broker.stop, 1000.0, polled(sound(0))), nothing(), lost()))
+        broker._script.append(Scripted(after(broker.stop, 1000.0, polled(sound(0))), lost()))
 
         serve(broker, Counter(), give_up_seconds=60.0)
 
@@ -734,7 +746,7 @@ class FlakySession:
         result = self._session.poll(0.0, max_records)
         if result == nothing() and self._under_way is None:  # what was read before is committed
             self._flaky.stop.set()
-        return result
+        return result._replace(more=bool(result.records))
 
     def restore(self, partitions: Iterable[int]) -> Iterator[Record]:
         for record in self._session.restore(partitions):
