@@ -26,3 +26,12 @@ def compiled(function: Function) -> Function:
 def inlined(function: Function) -> Function:
     """Compile as a part of each compiled function that calls it, where constant arguments are known to the compiler."""
     return cast("Function", njit(nogil=True, error_model="numpy", forceinline=True)(function))
+
+
+def for_constants(function: Function) -> Function:
+    """Compile for each set of constants that it asks for (``literally``), as a part of the function that calls it.
+
+    A function made for them within another would do as well, but what calls it could not be kept: numba knows it by
+    what it holds, and a compiled function is another one in each process.
+    """
+    return cast("Function", njit(nogil=True, error_model="numpy")(function))

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.fft
 import scipy.signal
+from numba import literally  # type: ignore[attr-defined]  # it is public, but not in the list that types are read from
 
-from worker.compiled import compiled, inlined
+from worker.compiled import compiled, for_constants, inlined
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 
@@ -152,27 +153,6 @@ def _transform(half: int) -> Callable[..., Array]:
     last one with the powers.
     """
     radix, part, apart = Stages.of(half)
-    opened = _open_by_four if radix == 4 else _open_by_two
-
-    def begin(
-        columns: Array, places: Array, first: int, window: Array, twiddles: Array, opening: Array, z: Array
-    ) -> None:
-        for n in range(part):
-            for row in range(4):
-                opened(columns, places, first, window, twiddles, n + row * part, opening, row)
-            for quarter in range(radix):
-                _by_four(opening, 4 * quarter, 1, z, 4 * quarter * apart + n, apart, twiddles, n * radix)
-
-    def split(z: Array, twiddles: Array) -> None:
-        for start in range(0, 4 * radix * apart, apart):
-            _split(z, start, part, part, twiddles, half)
-            _split(z, start, part, part // 4, twiddles, half)
-            _split(z, start, part, part // 16, twiddles, half)
-
-    def end(z: Array, order: Array, halves: Array, spectra: Array, first: int, n_frames: int, ending: Array) -> None:
-        _end(z, order, halves, half // 4, spectra, first, n_frames, ending)
-
-    begin, split, end = (_of_length(half, function) for function in (begin, split, end))
 
     def transform(
         samples: Array,
@@ -195,21 +175,49 @@ def _transform(half: int) -> Callable[..., Array]:
         opening, ending = np.empty(4 * radix * ROW), np.empty(8 * LANES, np.float32)
         for block in range(0, n_frames, LANES):
             first = min(block, filled - LANES)  # the last block is full too: some frames are done twice
-            begin(columns, places, first, window, twiddles, opening, z)
-            split(z, twiddles)
-            end(z, order, halves, spectra, first, filled, ending)
+            _begin(columns, places, first, window, twiddles, opening, z, radix, part, apart)
+            _split(z, twiddles, radix, part, apart)
+            _end(z, order, halves, spectra, first, filled, ending, half)
         return spectra.reshape(half + 1, filled)
 
-    return _of_length(half, transform)
+    # Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
+    transform.__qualname__ += f"_{half}"
+    return compiled(transform)
 
 
-def _of_length(half: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of `_transform`.
+@for_constants
+def _begin(
+    columns: Array,
+    places: Array,
+    first: int,
+    window: Array,
+    twiddles: Array,
+    opening: Array,
+    z: Array,
+    radix: int,
+    part: int,
+    apart: int,
+) -> None:
+    """Take the first two stages, from the samples to the parts."""
+    literally(radix), literally(part), literally(apart)
+    for n in range(part):
+        for row in range(4):
+            if radix == 4:
+                _open_by_four(columns, places, first, window, twiddles, n + row * part, opening, row)
+            else:
+                _open_by_two(columns, places, first, window, twiddles, n + row * part, opening, row)
+        for quarter in range(radix):
+            _by_four(opening, 4 * quarter, 1, z, 4 * quarter * apart + n, apart, twiddles, n * radix)
 
-    Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
-    """
-    function.__qualname__ += f"_{half}"
-    return compiled(function)
+
+@for_constants
+def _split(z: Array, twiddles: Array, radix: int, part: int, apart: int) -> None:
+    """Take all other stages of each part but the last one."""
+    literally(radix), literally(part), literally(apart)
+    for start in range(0, 4 * radix * apart, apart):
+        _split_part(z, start, part, part, twiddles, 4 * radix * part)
+        _split_part(z, start, part, part // 4, twiddles, 4 * radix * part)
+        _split_part(z, start, part, part // 16, twiddles, 4 * radix * part)
 
 
 @compiled
@@ -330,7 +338,7 @@ def _by_four(
 
 
 @inlined
-def _split(z: Array, start: int, part: int, size: int, twiddles: Array, half: int) -> None:
+def _split_part(z: Array, start: int, part: int, size: int, twiddles: Array, half: int) -> None:
     """Split the transforms of ``size`` numbers in a part into four each, in place, but for the last stage."""
     if size < 16:
         return
@@ -358,11 +366,13 @@ def _part(zr: Any, zi: Any, mr: Any, mi: Any, wr: Any, wi: Any) -> Any:
     return (even_r + odd_r) ** 2 + (even_i + odd_i) ** 2, (even_r - odd_r) ** 2 + (even_i - odd_i) ** 2
 
 
-@inlined
+@for_constants
 def _end(
-    z: Array, order: Array, halves: Array, quarter: int, spectra: Array, first: int, n_frames: int, ending: Array
+    z: Array, order: Array, halves: Array, spectra: Array, first: int, n_frames: int, ending: Array, half: int
 ) -> None:
     """Take the last stage, and write the powers of `LANES` frames, of which n real numbers were n / 2 complex ones."""
+    literally(half)
+    quarter = half // 4
     width, row = np.uint64(n_frames), np.uint64(LANES)
     rows = np.uint64(quarter) * width
     for k in range(1, quarter // 2 + 1):

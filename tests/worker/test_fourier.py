@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,3 +84,26 @@ def test_each_length_is_kept_apart() -> None:
     """No two lengths share a name in the cache of machine code, where one could be taken for the other."""
     lengths = 4, 8, 16
     assert len(lengths) == len({_transform(half).__qualname__ for half in lengths})
+
+
+TWICE = """
+import numpy as np
+from numba.core import event
+from worker.fourier import powers
+
+with event.install_recorder("numba:compile") as compiled:
+    powers(np.ones(200, np.float32), 32, 64, 32, 64)
+print(len(compiled.buffer))
+"""
+
+
+def test_machine_code_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    """The first process compiles, and the next one nothing: a worker must not begin with seconds of that."""
+    own_cache = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        int(subprocess.run([sys.executable, "-c", TWICE], env=own_cache, check=True, capture_output=True).stdout)
+        for _ in range(2)
+    )
+
+    assert first > 0
+    assert 0 == second
