@@ -134,7 +134,7 @@ class TestImports:
         assert [] == [str(each) for each in WORKER if each.package == "trainer"]
 
     def test_three_files_know_kafka(self) -> None:
-        """The Kafka client is imported by the worker/kafka_….py alone."""
+        """The Kafka client is imported by kafka_wire, kafka_clients and kafka_cluster alone."""
         trainer = [each for path, source in sources("trainer").items() for each in imports(source, path)]
         kafka = [each for each in WORKER + trainer if each.package == "kafka"]
 

@@ -26,7 +26,7 @@ class Polled(NamedTuple):
     states must be dropped. A partition in both was lost and won back: drop, then restore.
     ``unplaced`` are partitions that are ours and bring no records yet, for the broker has not told
     where to go on from; a session ends if that takes too long. ``more`` says that records are
-    waiting behind these, as far as is known.
+    waiting behind these, as far as is known; they may be of a transaction that is still open.
     """
 
     records: list[Record]
@@ -43,7 +43,11 @@ class Transaction(Protocol):
         """Write messages; they stay invisible until the block ends."""
 
     def commit_offsets(self, offsets: Mapping[int, int]) -> None:
-        """Commit, for each partition of ``audio.in``, the offset of the next record to read."""
+        """Commit, for each partition of ``audio.in``, the offset of the next record to read.
+
+        It is behind a record that the last poll has brought: one that an earlier poll has brought may
+        be another member's by now.
+        """
 
 
 class Session(Protocol):

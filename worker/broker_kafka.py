@@ -240,7 +240,7 @@ class KafkaSession:
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
             self._transactions = Transactions(cluster, topics, self._group, instance, unsettled)
-            self._farewells.append(self._transactions.end)
+            self._farewells += [self._transactions.settle, self._transactions.end]
             self._consumer = cluster.consumer(
                 group_id=self._group,
                 auto_offset_reset="none",  # or the client would go on from elsewhere without a word

@@ -24,6 +24,8 @@ from worker.messages import Message, Record
 REQUEST_TIMEOUT: Final = 10.0  # a broker that takes a request and never answers it
 DELIVERY_TIMEOUT: Final = 15.0  # records that a partition's leader does not take
 CLOSE_TIMEOUT: Final = 2.0  # a farewell that nobody answers
+TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed;
+# and one that hangs, for what it does in a transaction later than that the cluster has aborted
 
 # What a session has to know of the client by name.
 Partition: Final = TopicPartition
@@ -52,8 +54,9 @@ class Written:
 
     def wait(self, deadline: float) -> None:
         """Return when the message is written, or raise why it was not."""
-        while not self._future.is_done:
-            if not self._future.wait(max(0.0, deadline - time.monotonic())):
+        while not self._future.is_done:  # one that waits may have been woken by `rebind`, which is no end
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._future.wait(left):
                 raise kafka_errors.KafkaTimeoutError(
                     f"a record for {self.message.topic!r} was not taken within {DELIVERY_TIMEOUT:.0f} s"
                 )
@@ -156,6 +159,23 @@ class Producer(KafkaProducer):  # type: ignore[misc]  # the client ships no type
                 raise kafka_errors.IllegalStateError("the producer is closed")
             accumulator._batches[place].append(batch)  # noqa: SLF001
             accumulator._incomplete.add(batch)  # noqa: SLF001
+
+    def send_offsets_to_transaction(self, offsets: Any, group_metadata: Any) -> None:
+        """Add offsets to the transaction, in a time that is bounded: the client itself waits for ever."""
+        self._finish(self._transaction_manager.send_offsets_to_transaction(offsets, group_metadata))
+
+    def commit_transaction(self) -> None:
+        """Commit, in a time that is bounded."""
+        self._finish(self._transaction_manager.begin_commit())
+
+    def abort_transaction(self) -> None:
+        """Abort, in a time that is bounded."""
+        self._finish(self._transaction_manager.begin_abort())
+
+    def _finish(self, result: Any) -> None:
+        self._sender.wakeup()
+        if not result.wait(ms(TRANSACTION_TIMEOUT)):
+            raise kafka_errors.KafkaTimeoutError(f"a transaction has not gone on for {TRANSACTION_TIMEOUT:.0f} s")
 
     def send_offsets(self, topic: str, offsets: Mapping[int, int], member: Any) -> None:
         """Send, for each partition of ``topic``, the next offset that the group of ``member`` has to read."""

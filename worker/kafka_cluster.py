@@ -27,7 +27,16 @@ from kafka.net.sasl.oauth import AbstractTokenProvider
 from kafka.net.selector import NetworkSelector
 
 from worker.errors import EarshotError, Fatal, Retryable
-from worker.kafka_clients import CLOSE_TIMEOUT, DELIVERY_TIMEOUT, REQUEST_TIMEOUT, Consumer, Partition, Producer, ms
+from worker.kafka_clients import (
+    CLOSE_TIMEOUT,
+    DELIVERY_TIMEOUT,
+    REQUEST_TIMEOUT,
+    TRANSACTION_TIMEOUT,
+    Consumer,
+    Partition,
+    Producer,
+    ms,
+)
 from worker.kafka_wire import REFUSED, Connections
 from worker.messages import Topics
 from worker.security import Security, read_secret
@@ -41,8 +50,6 @@ logging.getLogger("kafka").setLevel(logging.CRITICAL)
 # Seconds. Each bound says which failure it ends.
 CONNECT_TIMEOUT: Final = 10.0  # servers that do not answer when a client is made
 INIT_TIMEOUT: Final = 30.0  # a coordinator that cannot finish what the last session left open
-TRANSACTION_TIMEOUT: Final = 30.0  # a session that was killed: what it left open holds up every reader of committed;
-# and one that hangs, for what it does in a transaction later than that the cluster has aborted
 GRACE: Final = 5.0  # a client that does not keep the bounds above, which it should have kept by so long after them
 
 # Bytes. Bounds on memory; a single larger record still comes through.
@@ -51,7 +58,9 @@ PARTITION_FETCH_BYTES: Final = 2 << 20  # so that one busy partition leaves room
 REQUEST_BYTES: Final = 32 << 20  # what is too large is the topic's max.message.bytes to say, not ours
 BATCH_BYTES: Final = 256 << 10  # a transaction in few requests; memory is taken only as a batch fills
 
-LINGER: Final = 0.1  # seconds; batches fill while the transaction is written, and its flush ends the wait
+LINGER: Final = (
+    0.1  # seconds; until all of a transaction is written, so that it goes in few requests; `deliver` ends it
+)
 ASK_AGAIN: Final = 0.2  # seconds; until a coordinator has read its log, after a start or a move
 BACKOFF: Final = 0.02  # seconds; a new transaction waits this long for the last one's markers, not the default 0.1
 

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from worker.errors import EarshotError, Fatal, Retryable
-from worker.kafka_clients import Producer, Written, ms
-from worker.kafka_cluster import GRACE, INIT_TIMEOUT, TRANSACTION_TIMEOUT, Cluster
+from worker.kafka_clients import TRANSACTION_TIMEOUT, Producer, Written, ms
+from worker.kafka_cluster import GRACE, INIT_TIMEOUT, Cluster
 from worker.messages import Message, Topics
 
 
@@ -59,10 +59,9 @@ class Transactions:
 
     def settle(self) -> None:
         """Return when the last transaction is committed, or raise why it may not be."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way()
-            self._committed = True
+        if self._under_way is not None:
+            self._under_way()
+            self._under_way, self._committed = None, True
 
     def require_leaders(self) -> None:
         """Raise Retryable once partitions have other leaders: markers may be missing, which the next session writes."""
@@ -87,7 +86,7 @@ class Transactions:
         return sorted(others)
 
     def end(self) -> None:
-        """Free the connections; what is under way may still come through."""
+        """Free the connections; settle before, or what is under way stays open until its time limit."""
         self._producer.end()
 
     def _succeed(self, transactional_id: str, *, suspected: bool = False) -> tuple[Producer, bool | None]:

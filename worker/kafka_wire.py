@@ -1,13 +1,14 @@
-"""From a connection of Kafka's to responses and records: what the client does slowly there, or not at all.
+"""From a connection of Kafka's to responses and records, and back: what the client does slowly there, or not at all.
 
-It owns how bytes are received, kept and taken apart, and why a connection was refused. It knows nothing of
-clients, their settings, or what is asked.
+It owns how bytes are received, kept, taken apart and put together, and why a connection was refused. It knows
+nothing of clients, their settings, or what is asked.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import time
 from functools import lru_cache
 from typing import Any, Final
@@ -27,6 +28,9 @@ from kafka.record.default_records import (
 from kafka.record.util import decode_varint, encode_varint
 
 RECEIVE_BYTES: Final = 512 << 10  # read from a socket at once
+
+LETS_GATHER: Final = sys.platform == "linux"
+"""Elsewhere a socket may never be told of once its buffer holds less than that and has no room for more."""
 
 BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
@@ -84,11 +88,18 @@ class _Receiver:
     def __call__(self) -> tuple[bytes, Exception | None]:
         sock = self._transport._sock  # noqa: SLF001 - there is no other way in
         received, error = _received(sock)
-        least = max(1, min(self._missing() - len(received), RECEIVE_BYTES))
-        if least != self._least and error is None and not isinstance(sock, ssl.SSLSocket):
+        if LETS_GATHER and error is None and not isinstance(sock, ssl.SSLSocket):
+            self._gather(sock, self._missing() - len(received))
+        return received, error
+
+    def _gather(self, sock: Any, missing: int) -> None:
+        """Let the system wait for ``missing`` bytes, or for as many as surely find room in its buffer."""
+        least = 1
+        if missing > 1:
+            least = min(missing, RECEIVE_BYTES, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4)
+        if least != self._least:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least = least
-        return received, error
 
     def _missing(self) -> int:
         """Return how many bytes of a response that has begun had not come before."""
@@ -165,9 +176,9 @@ class _Frame:
 
 
 class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
-    """Records as they came, each of which is copied once, when it is read.
+    """Records as they came, each of which is copied when it is read, and not before unless they are compressed.
 
-    The client copies them three times. And it cannot get past a record that has a header whose name is not UTF-8, by
+    The client copies them twice more. And it cannot get past a record that has a header whose name is not UTF-8, by
     any offset before it or behind; other clients can write that, and here the name has escapes for such bytes.
     """
 
@@ -258,9 +269,13 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-@lru_cache(maxsize=256)
 def _name(name: str) -> bytes:
-    """Return the name of a header as a record has it."""
+    """Return the name of a header as a record has it; of those that others chose, only short ones are kept."""
+    return _known(name) if len(name) <= 64 else b"".join(_sized(name.encode()))
+
+
+@lru_cache(maxsize=256)
+def _known(name: str) -> bytes:
     return b"".join(_sized(name.encode()))
 
 

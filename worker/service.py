@@ -123,7 +123,7 @@ class Service:
                 self._last_advance = started
             for part in _parts(records, self._max_batch_bytes):
                 self._process(session, states, part)
-            if not more:
+            if not (records and more):
                 self._settle(session)
         self._settle(session)
 
@@ -151,7 +151,7 @@ class Service:
         with session.transaction(wait=False) as transaction:
             transaction.send(batch.outputs)
             transaction.commit_offsets(batch.offsets)
-        self._sent = batch, started
+        self._sent = batch._replace(outputs=[]), started
 
     def _settle(self, session: Session) -> None:
         """Wait until the batch that was sent last is committed, and tell of it."""

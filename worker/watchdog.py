@@ -46,7 +46,10 @@ class Watchdog:
     def start(
         self, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None = None
     ) -> Callable[[], T]:
-        """Make a call as `call` does, and return at once; what is returned waits for it, as `call` would have."""
+        """Make a call as `call` does, and return at once; what is returned waits for it, as `call` would have.
+
+        A call that hangs is counted when somebody has waited for it.
+        """
         outcome: Future[T] = Future()
 
         def run() -> None:

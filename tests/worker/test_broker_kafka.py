@@ -269,6 +269,17 @@ def test_a_poll_says_whether_more_is_waiting(broker: KafkaBroker, topics: Topics
     assert not told[-1][1]
 
 
+def test_whoever_closes_a_session_waits_for_its_commit(broker: KafkaBroker, topics: Topics, group: str) -> None:
+    """An open transaction would hold up whoever is assigned its partitions, and all readers, until its time limit."""
+    before = set(threading.enumerate())
+    broker.publish(sounds(topics, PARTITIONS))
+    with closing(broker.join(group, "one")) as session:
+        process(session, topics, poll_for(session, PARTITIONS), wait=False)
+
+    assert PARTITIONS == len(committed(broker, topics.predictions_out))
+    wait_for(lambda: not any(each.name == "watched" for each in set(threading.enumerate()) - before))
+
+
 def test_a_rebalance_waits_for_the_commit(
     broker: KafkaBroker, topics: Topics, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,7 +686,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
         "TRANSACTION_TIMEOUT": 4.0,
     }
     for bound, seconds in short.items():
-        homes = [module for module in (broker_kafka, kafka_cluster) if hasattr(module, bound)]
+        modules = broker_kafka, kafka_clients, kafka_cluster, kafka_transactions
+        homes = [module for module in modules if hasattr(module, bound)]
         assert homes, f"no module has a {bound}"
         for module in homes:
             monkeypatch.setattr(module, bound, seconds)

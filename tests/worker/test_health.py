@@ -25,7 +25,7 @@ from tests.worker.test_service import (
     serve,
     sound,
 )
-from worker import broker_kafka, health, kafka_cluster
+from worker import broker_kafka, health, kafka_clients, kafka_cluster
 from worker.broker import Polled
 from worker.errors import Fatal
 from worker.health import STUCK, Health, Pulse, endpoint
@@ -89,7 +89,7 @@ class TestPulse:
         bounds = (
             broker_kafka.RESTORE_TIMEOUT,
             kafka_cluster.INIT_TIMEOUT + kafka_cluster.CONNECT_TIMEOUT,
-            kafka_cluster.TRANSACTION_TIMEOUT,
+            kafka_clients.TRANSACTION_TIMEOUT,
         )
         assert 2 * max(bounds) < STUCK == broker_kafka.MAX_POLL_INTERVAL
 

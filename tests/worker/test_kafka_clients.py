@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
+from kafka.errors import KafkaTimeoutError
 from kafka.partitioner.default import murmur2
+from kafka.producer.future import FutureProduceResult
 
 from worker import kafka_cluster
 from worker.broker_kafka import KafkaBroker
 from worker.errors import Fatal
-from worker.kafka_clients import Consumer, Partition
+from worker.kafka_clients import Consumer, Partition, Written
 from worker.kafka_cluster import Cluster
 from worker.messages import Message, Record, Topics
 from worker.security import OPEN
@@ -116,6 +118,15 @@ class TestWriting:
                 records += consumer.records(0.1)
 
         assert keys == [each.key for each in records]
+
+    def test_a_batch_that_is_not_put_together_again(self) -> None:
+        """If the client fails while it divides one, that is noticed at the deadline."""
+        future = FutureProduceResult(Partition("topic", 0))
+        message = Written(Message("topic", b"key", SOUND), future, 0)
+        Written(Message("topic", b"key", SOUND), future, 1).rebind(FutureProduceResult(Partition("topic", 0)), 0)
+
+        with pytest.raises(KafkaTimeoutError, match="'topic' was not taken"):
+            message.wait(time.monotonic() + 0.1)
 
     def test_a_message_that_a_topic_does_not_take(self, kafka_address: str) -> None:
         """It is named, and so is what to do."""

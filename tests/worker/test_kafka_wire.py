@@ -21,7 +21,7 @@ from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _received, _Receiver
+from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
 
 Pair = tuple[socket.socket, socket.socket]
 PATIENCE = 10.0  # seconds to wait for what must come
@@ -204,6 +204,14 @@ class TestBatchBuilder:
     def test_it_writes_what_the_client_writes(self, records: list[Any], size: int) -> None:
         """The same bytes, and of each record whether there was room, its offset, size and timestamp."""
         assert written(DefaultRecordBatchBuilder, records, size) == written(_BatchBuilder, records, size)
+
+    def test_long_names_are_not_kept(self) -> None:
+        """Those of a rejected record are its sender's, and may be megabytes."""
+        written(_BatchBuilder, [(0, b"key", b"value", [("content-type", b"audio/wav")])])
+        kept = _known.cache_info().currsize
+        written(_BatchBuilder, [(0, b"key", b"value", [("x" * 1000, b"")])])
+
+        assert kept == _known.cache_info().currsize
 
     def test_a_record_without_a_timestamp(self) -> None:
         """It was sent now."""

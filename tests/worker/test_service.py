@@ -358,9 +358,12 @@ class TestCommitting:
         assert [0, 0] == heard
         assert [([1], {0: 1}), ([2], {0: 2})] == session.committed
 
-    @pytest.mark.parametrize("last", [polled(sound(1)), nothing()])
+    @pytest.mark.parametrize("last", [polled(sound(1)), nothing(), polled(more=True)])
     def test_at_the_end_of_it_nothing_is_left_over(self, last: Polled) -> None:
-        """Where nothing waits to be read, a poll begins when all is committed: what comes then waits for nobody."""
+        """Where nothing waits to be read, a poll begins when all is committed: what comes then waits for nobody.
+
+        What waits may be of an open transaction, for as long as somebody else keeps that open.
+        """
         committed: list[int] = []
 
         def look() -> Polled:
