@@ -27,7 +27,7 @@ class Watchdog:
     """Makes calls on threads of their own, and counts those that hang."""
 
     def __init__(self) -> None:
-        self._hung: list[threading.Thread] = []
+        self._hung: set[threading.Thread] = set()
 
     def call(self, seconds: float, call: Callable[[], T], *, discard: Callable[[T], Any] | None = None) -> T:
         """Return what ``call`` returns, or raise what it raises, if it does so within ``seconds``.
@@ -68,7 +68,7 @@ class Watchdog:
                 return outcome.result()
             if discard is not None:
                 outcome.add_done_callback(_discarding(discard))
-            self._hung = [each for each in (*self._hung, thread) if each.is_alive()]
+            self._hung = {each for each in (*self._hung, thread) if each.is_alive()}  # it may be asked for twice
             if len(self._hung) > HUNG_LIMIT:
                 raise Fatal(f"{len(self._hung)} calls have not come back, the last one for {seconds:.0f} s: start anew")
             raise TimeoutError(f"it has not come back for {seconds:.0f} s, and is left behind")
