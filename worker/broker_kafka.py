@@ -138,10 +138,11 @@ class KafkaBroker:
 
         Raises:
             Retryable: some of the messages may not have been written.
-            Fatal: access is refused, or a message is too large.
+            Fatal: access is refused, a topic is missing, or a message is too large.
         """
         wanted = list(messages)
         if self._publisher is None:
+            self._cluster.logs(sorted({each.topic for each in wanted}))  # the client would wait for a missing topic
             self._publisher = self._cluster.producer()
         producer = self._publisher
 

@@ -190,6 +190,7 @@ class Service:
         if not partitions:
             return
         self._log.info("restoring", partitions=sorted(partitions))
+        self._pulse.unready(f"the states of partitions {sorted(partitions)} are being restored")
         restored = self._pipeline.restore(states, self._counted(session.restore(partitions)))
         self._pulse.beat("restored")
         self._pulse.ready()

@@ -445,6 +445,8 @@ def test_missing_topics_are_named_with_the_command_that_creates_them(
             session.poll(0.1, 1)
         with pytest.raises(Fatal, match=r"`earshot-worker topics`"):
             broker.follow([topics.drift_events], from_beginning=True)
+        with pytest.raises(Fatal, match=rf"{topics.audio_in}.*`earshot-worker topics`"):
+            broker.publish(sounds(topics, 1))
 
 
 def test_a_name_that_kafka_does_not_take_is_fatal(broker: KafkaBroker, group: str) -> None:

@@ -110,9 +110,10 @@ class TestLoop:
                 seen.append(pulse.serving().good)
                 return super().restore(partitions)
 
-        serve(ScriptedBroker(Looking(look, look, polled(assigned=[0]), look)), Counter(), pulse=pulse)
+        given = polled(assigned=[0]), look, polled(assigned=[1]), look
+        serve(ScriptedBroker(Looking(look, look, *given)), Counter(), pulse=pulse)
 
-        assert [False, False, False, True] == seen
+        assert [False, False, False, True, False, True] == seen
 
     def test_a_rebalance_is_not_death(self, pulse: Pulse) -> None:
         """Partitions come and go; what is left is served."""
