@@ -52,7 +52,7 @@ def test_the_steps_work_as_written(tmp_path: Path, kafka_address: str) -> None:
     assert "kafka://localhost:9092" in on_kafka
     script = on_kafka.replace("localhost:9092", kafka_address)
     printed = run_script(script, tmp_path, EARSHOT_TOPIC_PREFIX=f"{uuid.uuid4()}.")
-    assert 960 == printed.count("  prediction  ")
+    assert 1920 == printed.count("  prediction  ")
     for name in ("left.log", "right.log"):
         assert '"action": "stopped"' in (tmp_path / name).read_text()
 
