@@ -231,7 +231,7 @@ def _bytes(buffer: Any, at: int) -> tuple[bytes | None, int]:
 class _BatchBuilder(DefaultRecordBatchBuilder):  # type: ignore[misc]  # the client ships no types
     """Records that are put together from parts which mostly are known: lengths, and the names of headers.
 
-    The client writes a record byte by byte, in three times the time.
+    The client writes a record byte by byte.
     """
 
     def append(self, offset: int, timestamp: int | None, key: Any, value: Any, headers: Any) -> Any:
