@@ -97,7 +97,10 @@ class Factors(NamedTuple):
 
 
 def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length: int, win_length: int) -> Array:
-    """Return the squared magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, frames).
+    """Return the squared magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, columns).
+
+    The frames are the first columns. Silence follows, up to a multiple of `LANES`: a loop over such rows has no rest
+    that the compiler takes one by one, which would be half of its time.
 
     Args:
         samples: shape (samples,).
@@ -109,8 +112,7 @@ def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length
     n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
     if n_fft & (n_fft - 1) or not SHORTEST <= n_fft <= LONGEST:
         return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length))
-    spectra = _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length, hop_length))
-    return np.ascontiguousarray(spectra[:, :n_frames])
+    return _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length, hop_length))
 
 
 def _by_library(
@@ -120,12 +122,17 @@ def _by_library(
     padded = np.zeros(max(len(samples) + 2 * margin, len(hann)), np.float32)
     padded[margin : margin + len(samples)] = samples
     framed = np.lib.stride_tricks.sliding_window_view(padded, len(hann))[::hop_length]
-    result = np.empty((len(hann) // 2 + 1, n_frames), dtype=np.float32)
+    result = np.zeros((len(hann) // 2 + 1, _columns_of(n_frames)), dtype=np.float32)
     for first in range(0, n_frames, LANES):  # all together are too large for the allocator to keep
-        frames = slice(first, first + LANES)
+        frames = slice(first, min(first + LANES, n_frames))
         spectra = scipy.fft.rfft(framed[frames] * hann)
         result[:, frames] = (spectra.real**2 + spectra.imag**2).T
     return result
+
+
+@compiled
+def _columns_of(n_frames: int) -> int:
+    return -(-n_frames // LANES) * LANES
 
 
 @lru_cache(maxsize=16)
@@ -166,19 +173,20 @@ def _transform(half: int) -> Callable[..., Array]:
         rows: Array,
         shifts: Array,
     ) -> Array:
-        filled = max(n_frames, LANES)
+        filled = _columns_of(n_frames)
         n_columns = filled + 2 * half // hop_length
         columns = _columns(samples, margin, hop_length, n_columns)
         places = rows * np.uint64(n_columns) + shifts
         spectra = np.empty((half + 1) * filled, np.float32)
         z = np.empty(4 * radix * apart * ROW)
         opening, ending = np.empty(4 * radix * ROW), np.empty(8 * LANES, np.float32)
-        for block in range(0, n_frames, LANES):
-            first = min(block, filled - LANES)  # the last block is full too: some frames are done twice
+        for first in range(0, filled, LANES):
             _begin(columns, places, first, window, twiddles, opening, z, radix, part, apart)
             _split(z, twiddles, radix, part, apart)
             _end(z, order, halves, spectra, first, filled, ending, half)
-        return spectra.reshape(half + 1, filled)
+        whole = spectra.reshape(half + 1, filled)
+        whole[:, n_frames:] = 0.0
+        return whole
 
     # Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
     transform.__qualname__ += f"_{half}"

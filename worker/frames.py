@@ -18,7 +18,6 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import scipy.fft
-import scipy.ndimage
 
 from worker.compiled import compiled
 from worker.filters import Filters, filtered, mel_filters
@@ -92,13 +91,21 @@ class FrameSpec(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         )
 
 
+class Bands(NamedTuple):
+    """Neighbouring bins, and how many of them make the peak or the valley of each band; shape (bands,) each."""
+
+    starts: Array
+    stops: Array
+    counts: Array
+
+
 class Tables(NamedTuple):
     """What a spec fixes and librosa would compute on every call."""
 
     mel: Filters
     cosines: Filters  # float64: in float32 an MFCC would be 7e-4 off
     frequencies: Array  # (bins,), Hz
-    contrast: tuple[tuple[slice, int], ...]  # the bins of each band, and how many make its peak
+    contrast: Bands
 
     @classmethod
     def of(cls, spec: FrameSpec, sample_rate: int, families: Collection[Family]) -> Tables:
@@ -114,7 +121,7 @@ class Tables(NamedTuple):
             Filters.of(mel_filters(sample_rate, spec.n_fft, spec.n_mels, spec.fmin, fmax)),
             _contrast_bands(sample_rate, frequencies),
         )
-        if "contrast" in families and any(bins.start >= bins.stop for bins, _ in bands):
+        if "contrast" in families and (bands.starts >= bands.stops).any():
             raise ValueError(
                 f"families has 'contrast', but n_fft {spec.n_fft} does not resolve its bands; expected more"
             )
@@ -126,7 +133,8 @@ class Frames:
     """The frames of one window; each array is computed when it is first asked for.
 
     ``frames[name]`` is the array of that name as float32 of shape (bands, frames), whether it has
-    one band or many. The attributes are what it is made from, which may be float64 still.
+    one band or many. The attributes are what it is made from, which may be float64 still. Those that
+    come from the transform have its columns: the frames, and then silence (`worker.fourier.powers`).
     Bins run from 0 Hz to Nyquist.
     """
 
@@ -134,11 +142,10 @@ class Frames:
         self._window = window
         self._spec = spec
         self._tables = tables
+        self._n_frames = spec.stft.n_frames(window.samples.size)
 
     def __getitem__(self, name: str) -> Floats:
-        rows: Array = getattr(self, name)
-        bands: Floats = rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False)
-        return bands
+        return self._rows(name)[:, : self._n_frames]
 
     def means(self, name: str) -> Array:
         """Return the mean of each band of that name over the frames, float64 of shape (bands,).
@@ -147,46 +154,51 @@ class Frames:
         """
         if name == "mfcc":
             return _weighted(self._tables.cosines.weights, self._mel_means)
-        return self._mel_means if name == "mel" else _means(self[name])
+        return self._mel_means if name == "mel" else _means(self._rows(name), self._n_frames)
+
+    def _rows(self, name: str) -> Floats:
+        rows: Array = getattr(self, name)
+        bands: Floats = rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False)
+        return bands
 
     @cached_property
     def stft(self) -> Array:
-        """Magnitude of the short-time Fourier transform, (bins, frames)."""
+        """Magnitude of the short-time Fourier transform, (bins, columns)."""
         return self._window.magnitude(self._spec.stft)
 
     @cached_property
     def power(self) -> Array:
-        """Squared magnitude, (bins, frames)."""
+        """Squared magnitude, (bins, columns)."""
         return self._window.power(self._spec.stft)
 
     @cached_property
     def mel_power(self) -> Array:
-        """Power in each mel filter, (n_mels, frames)."""
+        """Power in each mel filter, (n_mels, columns)."""
         return filtered(*self._tables.mel, self.power)
 
     @cached_property
     def mel(self) -> Array:
-        """Log-mel spectrum in dB, (n_mels, frames), at most ``top_db`` below its loudest number."""
+        """Log-mel spectrum in dB, (n_mels, columns), at most ``top_db`` below its loudest number."""
         return _to_db(self.mel_power, self._spec.top_db)
 
     @cached_property
     def _mel_means(self) -> Array:
-        return _means(self["mel"])
+        return _means(self._rows("mel"), self._n_frames)
 
     @cached_property
     def mfcc(self) -> Array:
-        """Mel-frequency cepstral coefficients (Davis and Mermelstein 1980), (n_mfcc, frames)."""
+        """Mel-frequency cepstral coefficients (Davis and Mermelstein 1980), (n_mfcc, columns)."""
         return filtered(*self._tables.cosines, self.mel)
 
     @cached_property
     def delta(self) -> Array:
         """Slope of the MFCCs over nine frames, (n_mfcc, frames)."""
-        return _savgol(self.mfcc, SLOPE)
+        return _savgol(self.mfcc, SLOPE, self._n_frames)
 
     @cached_property
     def delta2(self) -> Array:
         """Curvature of the MFCCs over nine frames, (n_mfcc, frames)."""
-        return _savgol(self.mfcc, CURVATURE)
+        return _savgol(self.mfcc, CURVATURE, self._n_frames)
 
     @cached_property
     def _shape(self) -> Array:
@@ -194,57 +206,50 @@ class Frames:
 
     @property
     def centroid(self) -> Array:
-        """Mean frequency, weighted by magnitude, in Hz, (frames,)."""
+        """Mean frequency, weighted by magnitude, in Hz, (columns,)."""
         return self._shape[0]
 
     @property
     def bandwidth(self) -> Array:
-        """Standard deviation of frequency, weighted by magnitude, in Hz, (frames,)."""
+        """Standard deviation of frequency, weighted by magnitude, in Hz, (columns,)."""
         return self._shape[1]
 
     @property
     def rolloff(self) -> Array:
-        """Frequency below which lies `ROLLOFF` of the magnitude, in Hz, (frames,)."""
+        """Frequency below which lies `ROLLOFF` of the magnitude, in Hz, (columns,)."""
         return self._shape[2]
 
     @cached_property
     def flatness(self) -> Array:
-        """Geometric over arithmetic mean of the power: 1 for white noise, 0 for a tone, (frames,)."""
+        """Geometric over arithmetic mean of the power: 1 for white noise, 0 for a tone, (columns,)."""
         return _flatness(self.power, np.float32(AMIN))
 
     @cached_property
     def contrast(self) -> Array:
-        """Peak over valley in dB of each octave band (Jiang et al. 2002), (bands, frames)."""
-        bands = [_extremes(self.stft[bins], count) for bins, count in self._tables.contrast]
-        valleys, peaks = np.stack(bands, axis=1)
+        """Peak over valley in dB of each octave band (Jiang et al. 2002), (bands, columns)."""
+        valleys, peaks = _extremes(self.stft, *self._tables.contrast)
         return _to_db(peaks, CONTRAST_TOP_DB) - _to_db(valleys, CONTRAST_TOP_DB)
 
     @cached_property
     def zcr(self) -> Array:
         """Share of neighbouring samples between which the sign changes, (frames,)."""
-        # Padding repeats the outer samples, so no frame crosses zero beyond them.
-        crossings = _crossings(self._window.samples)
-        first = np.arange(self._spec.stft.n_frames(crossings.size)) * self._spec.hop_length - self._spec.stft.margin
-        edges = np.clip([first, first + self._spec.n_fft - 1], 0, crossings.size - 1)
-        return (crossings[edges[1]] - crossings[edges[0]]) / self._spec.n_fft
+        stft = self._spec.stft
+        return _crossing_rates(self._window.samples, stft.margin, stft.n_fft, stft.hop_length, self._n_frames)
 
     @cached_property
     def rms(self) -> Array:
         """Root mean square of the samples, before any weighting, (frames,)."""
-        whole, rest = divmod(self._spec.n_fft, self._spec.hop_length)
-        squares = np.square(self._window.pieces(self._spec.stft))  # frames overlap, and each sample is squared once
-        n_frames = len(squares) - whole - 1
-        pieces = squares.sum(axis=1)
-        energies = squares[whole : whole + n_frames, :rest].sum(axis=1)
-        for piece in range(whole):
-            energies += pieces[piece : piece + n_frames]
-        return np.sqrt(energies / self._spec.n_fft)
+        stft = self._spec.stft
+        return _root_mean_squares(self._window.samples, stft.margin, stft.n_fft, stft.hop_length, self._n_frames)
 
 
 @compiled
 def _weighted(rows: Array, weights: Array) -> Array:
-    """Return the weighted sum of each row, shape (rows,); of four at a time, since each addition waits for the last."""
-    n_rows, n_columns = rows.shape
+    """Return the weighted sum of each row, of as many columns as there are weights, shape (rows,).
+
+    Four rows are added up at a time, since each addition waits for the last one.
+    """
+    n_rows, n_columns = len(rows), len(weights)
     sums = np.zeros(n_rows)
     for row in range(0, n_rows - 3, 4):
         a = b = c = d = 0.0
@@ -261,13 +266,13 @@ def _weighted(rows: Array, weights: Array) -> Array:
 
 
 @compiled
-def _means(rows: Floats) -> Array:
-    """Return the mean of each row, shape (rows,)."""
-    return _weighted(rows, np.ones(rows.shape[1])) / rows.shape[1]
+def _means(rows: Floats, n_frames: int) -> Array:
+    """Return the mean of each row over its first ``n_frames`` columns, shape (rows,)."""
+    return _weighted(rows, np.ones(n_frames)) / n_frames
 
 
 def _to_db(power: Array, top_db: float | None) -> Array:
-    """Return power, shape (bands, frames), in dB, at most ``top_db`` below its loudest number."""
+    """Return power, shape (bands, columns), in dB, at most ``top_db`` below its loudest number."""
     db = np.maximum(power, AMIN)
     np.log10(db, out=db)
     _scale_and_clamp(db, np.inf if top_db is None else top_db)
@@ -276,7 +281,7 @@ def _to_db(power: Array, top_db: float | None) -> Array:
 
 @compiled
 def _scale_and_clamp(bels: Array, top_db: float) -> None:
-    """Make decibels of bels, shape (bands, frames), in place; none is more than ``top_db`` below the loudest."""
+    """Make decibels of bels, shape (bands, columns), in place; none is more than ``top_db`` below the loudest."""
     n_bands, n_frames = bels.shape
     loudest = np.full(n_frames, -np.inf, bels.dtype)  # of each frame, so that the compiler compares several at once
     for band in range(n_bands):
@@ -289,23 +294,34 @@ def _scale_and_clamp(bels: Array, top_db: float) -> None:
             bels[band, t] = max(bels[band, t], quietest)
 
 
-def _savgol(rows: Floats, kernel: Array) -> Floats:
-    """Differentiate along the frames as ``librosa.feature.delta`` does.
+@compiled
+def _savgol(rows: Array, kernel: Array, n_frames: int) -> Array:
+    """Differentiate along the frames as ``librosa.feature.delta`` does: shape (rows, frames).
 
     Its "interp" mode fits a polynomial to the outer nine frames. The derivative taken is the
     polynomial's highest, so it is the same for all nine. With fewer frames, mode "nearest".
     """
-    derivative: Floats = scipy.ndimage.correlate1d(rows, kernel, axis=-1, mode="nearest")
     reach = len(kernel) // 2
-    if rows.shape[-1] >= len(kernel):
-        derivative[:, :reach] = derivative[:, reach, np.newaxis]
-        derivative[:, -reach:] = derivative[:, -reach - 1, np.newaxis]
-    return derivative
+    derivatives = np.zeros((len(rows), n_frames))
+    for row in range(len(rows)):
+        derivative = derivatives[row]
+        if n_frames < len(kernel):
+            for t in range(n_frames):
+                for step in range(len(kernel)):
+                    derivative[t] += kernel[step] * rows[row, min(max(t + step - reach, 0), n_frames - 1)]
+            continue
+        fitted = derivative[reach : n_frames - reach]
+        for step in range(len(kernel)):
+            for t in range(len(fitted)):
+                fitted[t] += kernel[step] * rows[row, t + step]
+        derivative[:reach] = fitted[0]
+        derivative[n_frames - reach :] = fitted[-1]
+    return derivatives
 
 
 @compiled
 def _shapes(magnitudes: Floats, frequencies: Array, share: np.float32) -> Array:
-    """Return centroid, bandwidth and roll-off at ``share`` of each frame, shape (3, frames).
+    """Return centroid, bandwidth and roll-off at ``share`` of each frame, shape (3, columns).
 
     The inner loops run over the frames, so that the compiler computes several at once.
     """
@@ -337,7 +353,7 @@ def _shapes(magnitudes: Floats, frequencies: Array, share: np.float32) -> Array:
 
 @compiled
 def _flatness(power: Floats, amin: np.float32) -> Array:
-    """Return the spectral flatness of each frame, shape (frames,); no power counts for less than ``amin``.
+    """Return the spectral flatness of each frame, shape (columns,); no power counts for less than ``amin``.
 
     A logarithm of a product of sixteen powers takes the time of one, and stays within float64.
     """
@@ -356,6 +372,19 @@ def _flatness(power: Floats, amin: np.float32) -> Array:
 
 
 @compiled
+def _crossing_rates(samples: Floats, margin: int, n_fft: int, hop_length: int, n_frames: int) -> Array:
+    """Return at which share of the samples of each frame the sign changes, shape (frames,)."""
+    crossings = _crossings(samples)
+    rates = np.empty(n_frames)
+    for t in range(n_frames):
+        # Padding repeats the outer samples, so no frame crosses zero beyond them.
+        first = max(t * hop_length - margin, 0)
+        last = min(t * hop_length - margin + n_fft, len(samples)) - 1
+        rates[t] = (crossings[last] - crossings[first]) / n_fft
+    return rates
+
+
+@compiled
 def _crossings(samples: Floats) -> Array:
     """Return how often the sign has changed up to each sample, shape (samples,)."""
     floor, n_samples = np.float32(-ZERO), np.uint64(len(samples))
@@ -371,34 +400,75 @@ def _crossings(samples: Floats) -> Array:
 
 
 @compiled
-def _extremes(magnitudes: Floats, count: int) -> Array:
-    """Return the mean of the ``count`` lowest and of the ``count`` highest bins of each frame, shape (2, frames).
+def _root_mean_squares(samples: Floats, margin: int, n_fft: int, hop_length: int, n_frames: int) -> Array:
+    """Return the root mean square of each frame, shape (frames,).
 
-    Each bin goes down the ranks, and at each of them the more extreme of two stays: without a branch, for many
-    frames at once. Up to about thirty ranks (n_fft 4096) that is faster than to look for its place.
+    Frames overlap, and so the samples between two of their starts are squared and added up once for all of them.
     """
-    n_bins, n_frames = magnitudes.shape
-    lowest = np.full((count, n_frames), np.inf, np.float32)  # the most extreme one first
-    highest = np.full((count, n_frames), -np.inf, np.float32)
-    low, high = np.empty(n_frames, np.float32), np.empty(n_frames, np.float32)  # on their way down
-    for k in range(n_bins):
-        low[:] = magnitudes[k]
-        high[:] = magnitudes[k]
+    whole, rest = divmod(n_fft, hop_length)
+    pieces = np.empty(n_frames + whole)
+    for piece in range(len(pieces)):
+        pieces[piece] = _energy(samples, piece * hop_length - margin, hop_length)
+    means = np.empty(n_frames)
+    for t in range(n_frames):
+        energy = _energy(samples, (t + whole) * hop_length - margin, rest)
+        for piece in range(t, t + whole):
+            energy += pieces[piece]
+        means[t] = np.sqrt(energy / n_fft)
+    return means
+
+
+@compiled
+def _energy(samples: Floats, start: int, count: int) -> float:
+    """Return the sum of the squares of ``count`` samples, of those that there are; added up in four places at once."""
+    first, last = max(start, 0), min(start + count, len(samples))
+    a = b = c = d = 0.0
+    for n in range(first, last - 3, 4):
+        a += np.float64(samples[n]) ** 2
+        b += np.float64(samples[n + 1]) ** 2
+        c += np.float64(samples[n + 2]) ** 2
+        d += np.float64(samples[n + 3]) ** 2
+    for n in range(last - max(last - first, 0) % 4, last):
+        a += np.float64(samples[n]) ** 2
+    return (a + b) + (c + d)
+
+
+@compiled
+def _extremes(magnitudes: Floats, starts: Array, stops: Array, counts: Array) -> Array:
+    """Return the mean of the lowest and of the highest bins of each band, shape (2, bands, columns).
+
+    A band is the bins from ``starts`` to ``stops``, of which ``counts`` are taken at either end. Each bin goes down the
+    ranks, and at each of them the more extreme of two stays: without a branch, for many frames at once. Up to about
+    thirty ranks (n_fft 4096) that is faster than to look for its place.
+    """
+    n_columns = magnitudes.shape[1]
+    extremes = np.zeros((2, len(counts), n_columns))
+    low, high = np.empty(n_columns, np.float32), np.empty(n_columns, np.float32)  # on their way down
+    for band in range(len(counts)):
+        count = counts[band]
+        lowest = np.full((count, n_columns), np.inf, np.float32)  # the most extreme one first
+        highest = np.full((count, n_columns), -np.inf, np.float32)
+        for k in range(starts[band], stops[band]):
+            for t in range(n_columns):
+                low[t] = high[t] = magnitudes[k, t]
+            for place in range(count):
+                least, most = lowest[place], highest[place]
+                for t in range(n_columns):
+                    a, b, c, d = least[t], low[t], most[t], high[t]
+                    least[t], low[t] = min(a, b), max(a, b)
+                    most[t], high[t] = max(c, d), min(c, d)
+        valley, peak = extremes[0, band], extremes[1, band]
         for place in range(count):
-            least, most = lowest[place], highest[place]
-            for t in range(n_frames):
-                a, b, c, d = least[t], low[t], most[t], high[t]
-                least[t], low[t] = min(a, b), max(a, b)
-                most[t], high[t] = max(c, d), min(c, d)
-    extremes = np.zeros((2, n_frames))
-    for place in range(count):
-        for t in range(n_frames):
-            extremes[0, t] += lowest[place, t]
-            extremes[1, t] += highest[place, t]
-    return extremes / count
+            for t in range(n_columns):
+                valley[t] += lowest[place, t]
+                peak[t] += highest[place, t]
+        for t in range(n_columns):
+            valley[t] /= count
+            peak[t] /= count
+    return extremes
 
 
-def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, int], ...]:
+def _contrast_bands(sample_rate: int, frequencies: Array) -> Bands:
     """Return librosa's sub-bands: below 200 Hz, octaves above, the last one up to Nyquist."""
     octaves = CONTRAST_FMIN * 2.0 ** np.arange(CONTRAST_BANDS)
     edges = np.array([0.0, *octaves[octaves < sample_rate / 2]])
@@ -407,4 +477,4 @@ def _contrast_bands(sample_rate: int, frequencies: Array) -> tuple[tuple[slice, 
     starts[1:] -= 1  # a band reaches one bin down into its neighbour …
     counts = np.maximum(1, np.rint(CONTRAST_QUANTILE * (stops - starts))).astype(int)
     stops[:-1] -= 1  # … and what both contain belongs to the higher one
-    return tuple((slice(int(i), int(j)), int(count)) for i, j, count in zip(starts, stops, counts, strict=True))
+    return Bands(starts, stops, counts)

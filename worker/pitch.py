@@ -123,7 +123,8 @@ class PitchExtractor:
 
     def _rises(self, window: Window) -> Array:
         """Return by how many dB the mean spectrum rises over its surroundings, (grid + 1,); the last one is 0."""
-        power = np.square(window.magnitude(self._stft)[self._audible], dtype=np.float64)
+        frames = slice(self._stft.n_frames(window.samples.size))
+        power = np.square(window.magnitude(self._stft)[self._audible, frames], dtype=np.float64)
         loudest = power.max()
         if loudest == 0:
             return np.zeros(len(self._bins) + 1)

@@ -99,7 +99,7 @@ class RhythmExtractor:
     def __call__(self, window: Window) -> Array:
         """Return the features of a window, shape (features,)."""
         frames = Frames(window, self._spec, self._tables)
-        mel = np.asarray(frames.mel, dtype=np.float64)
+        mel = frames["mel"].astype(np.float64)
         return np.concatenate(
             [
                 self._modulation(mel),

@@ -70,7 +70,7 @@ class FrameExtractor:
         self._spec = spec
         self._tables = tables
         cepstral = dict.fromkeys(("mfcc", "delta", "delta2"), spec.n_mfcc)
-        bands = {"mel": spec.n_mels, **cepstral, "contrast": len(tables.contrast)}
+        bands = {"mel": spec.n_mels, **cepstral, "contrast": len(tables.contrast.counts)}
         quantiles = [name for name in QUANTILES if name in spec.statistics]
         self._quantiles = np.array([QUANTILES[name] for name in quantiles])
         computed = (*MOMENTS, *quantiles)
@@ -108,37 +108,75 @@ def _summarize(rows: Floats, ordered: Floats, quantiles: Array) -> Array:
     """
     n_rows, n_frames = rows.shape
     features = np.zeros((n_rows, 6 + len(quantiles)))
-    for row in range(n_rows):
-        total = 0.0
-        for t in range(n_frames):
-            total += rows[row, t]
-        mean = total / n_frames
-        features[row, 0] = mean
-        squares = cubes = 0.0
-        for t in range(n_frames):
-            deviation = rows[row, t] - mean
-            squares += deviation * deviation
-            cubes += deviation * deviation * deviation
-        variance = squares / n_frames
-        features[row, 1] = np.sqrt(variance)
-        if variance > (CONSTANT * mean) ** 2:
-            features[row, 2] = cubes / n_frames / variance**1.5
-        sizes = steps = 0.0
-        for t in range(1, n_frames):
-            step = np.float64(rows[row, t]) - rows[row, t - 1]
-            sizes += abs(step)
-            steps += step
-            features[row, 5] = max(features[row, 5], abs(step))
-        if n_frames > 1:
-            features[row, 3] = sizes / (n_frames - 1)
-            drift = steps / (n_frames - 1)
-            spread = 0.0
-            for t in range(1, n_frames):
-                spread += (np.float64(rows[row, t]) - rows[row, t - 1] - drift) ** 2
-            features[row, 4] = np.sqrt(spread / (n_frames - 1))
-        for column in range(len(quantiles)):
-            place = quantiles[column] * (n_frames - 1)
-            low = int(place)
+    frames = _transposed(rows)
+    features[:, :3] = _moments(frames).T
+    features[:, 3:6] = _changes(frames).T
+    for column in range(len(quantiles)):
+        place = quantiles[column] * (n_frames - 1)
+        low = int(place)
+        for row in range(n_rows):
             below, above = ordered[row, low], ordered[row, min(low + 1, n_frames - 1)]
             features[row, 6 + column] = below + (place - low) * (np.float64(above) - below)
     return features
+
+
+@compiled
+def _transposed(rows: Floats) -> Floats:
+    columns = np.empty((rows.shape[1], rows.shape[0]), np.float32)
+    for row in range(rows.shape[0]):
+        for t in range(rows.shape[1]):
+            columns[t, row] = rows[row, t]
+    return columns
+
+
+@compiled
+def _moments(frames: Floats) -> Array:
+    """Return mean, standard deviation and skewness of each band of the frames, (frames, bands): shape (3, bands).
+
+    The inner loops run over the bands, so that the compiler computes several at once: within one, each addition waits
+    for the last.
+    """
+    n_frames, n_bands = frames.shape
+    moments = np.zeros((3, n_bands))
+    mean, std, skew = moments
+    for t in range(n_frames):
+        for band in range(n_bands):
+            mean[band] += frames[t, band]
+    mean /= n_frames
+    squares, cubes = np.zeros(n_bands), np.zeros(n_bands)
+    for t in range(n_frames):
+        for band in range(n_bands):
+            deviation = frames[t, band] - mean[band]
+            squares[band] += deviation * deviation
+            cubes[band] += deviation * deviation * deviation
+    for band in range(n_bands):
+        variance = squares[band] / n_frames
+        std[band] = np.sqrt(variance)
+        if variance > (CONSTANT * mean[band]) ** 2:
+            skew[band] = cubes[band] / n_frames / (variance * std[band])
+    return moments
+
+
+@compiled
+def _changes(frames: Floats) -> Array:
+    """Return the mean size, the standard deviation and the largest size of the changes, as `_moments` does."""
+    n_frames, n_bands = frames.shape
+    changes = np.zeros((3, n_bands))
+    if n_frames == 1:
+        return changes
+    size, std, largest = changes
+    drift = np.zeros(n_bands)  # their mean, signed
+    for t in range(1, n_frames):
+        for band in range(n_bands):
+            step = np.float64(frames[t, band]) - frames[t - 1, band]
+            size[band] += abs(step)
+            largest[band] = max(largest[band], abs(step))
+            drift[band] += step
+    size /= n_frames - 1
+    drift /= n_frames - 1
+    for t in range(1, n_frames):
+        for band in range(n_bands):
+            std[band] += (np.float64(frames[t, band]) - frames[t - 1, band] - drift[band]) ** 2
+    for band in range(n_bands):
+        std[band] = np.sqrt(std[band] / (n_frames - 1))
+    return changes

@@ -52,28 +52,18 @@ class Window:
         self._powers: dict[Stft, Floats] = {}
         self._magnitudes: dict[Stft, Floats] = {}
 
-    def pieces(self, stft: Stft) -> Floats:
-        """Return the samples with zeros around them, cut every hop_length: shape (pieces, hop_length).
-
-        Frame t is the n_fft samples from piece t on; one piece follows the last frame's last whole one.
-        """
-        n_pieces = stft.n_frames(self.samples.size) + stft.n_fft // stft.hop_length + 1
-        padded = np.zeros(n_pieces * stft.hop_length, dtype=np.float32)
-        heard = self.samples[: padded.size - stft.margin]
-        padded[stft.margin : stft.margin + heard.size] = heard
-        return padded.reshape(n_pieces, stft.hop_length)
-
     def power(self, stft: Stft) -> Floats:
-        """Return the squared magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist.
+        """Return the squared magnitude of the transform, shape (bins, columns), from 0 Hz to Nyquist.
 
-        Computed once for equal settings, in float64 as librosa does, and then rounded to float32.
+        The frames are the first columns, and silence may follow (`worker.fourier.powers`). Computed once
+        for equal settings, in float64 as librosa does, and then rounded to float32.
         """
         if stft not in self._powers:
             self._powers[stft] = powers(self.samples, stft.margin, stft.n_fft, stft.hop_length, stft.win_length)
         return self._powers[stft]
 
     def magnitude(self, stft: Stft) -> Floats:
-        """Return the magnitude of the transform, shape (bins, frames), from 0 Hz to Nyquist."""
+        """Return the magnitude of the transform, shape (bins, columns), from 0 Hz to Nyquist."""
         if stft not in self._magnitudes:
             self._magnitudes[stft] = np.sqrt(self.power(stft))
         return self._magnitudes[stft]

@@ -24,7 +24,8 @@ def noise(samples: int) -> Array:
 
 
 def magnitudes(padded: Array, n_fft: int, hop_length: int, win_length: int) -> Any:
-    return np.sqrt(powers(padded, 0, n_fft, hop_length, win_length))
+    n_frames = 1 + (len(padded) - n_fft) // hop_length
+    return np.sqrt(powers(padded, 0, n_fft, hop_length, win_length))[:, :n_frames]
 
 
 def expected(padded: Array, n_fft: int, hop_length: int, win_length: int) -> Any:
@@ -59,7 +60,9 @@ def test_hops_and_margins_of_any_length(n_fft: int, samples: int) -> None:
             padded = np.pad(padded, (0, max(0, n_fft - padded.size)))
             found = powers(noise(samples), margin, n_fft, hop_length, n_fft)
             reference = expected(padded, n_fft, hop_length, n_fft) ** 2
-            np.testing.assert_allclose(found, reference, rtol=2e-7, atol=1e-15 * reference.max())
+            np.testing.assert_allclose(
+                found[:, : reference.shape[1]], reference, rtol=2e-7, atol=1e-15 * reference.max()
+            )
 
 
 @pytest.mark.parametrize("n_fft", [64, 128, 2048])
@@ -70,6 +73,16 @@ def test_a_frame_does_not_depend_on_how_many_there_are(n_frames: int, n_fft: int
     together = magnitudes(padded, n_fft, 16, n_fft)
     alone = [magnitudes(padded[16 * t : 16 * t + n_fft], n_fft, 16, n_fft)[:, 0] for t in range(n_frames)]
     assert np.stack(alone, axis=1).tobytes() == together.tobytes()
+
+
+@pytest.mark.parametrize("n_fft", [64, 100])
+@pytest.mark.parametrize("n_frames", [1, LANES, LANES + 1, 3 * LANES - 1])
+def test_silence_fills_up_the_columns(n_frames: int, n_fft: int) -> None:
+    """Beyond the frames there is nothing, also where another frame would have begun within the samples."""
+    found = powers(noise(n_fft + 16 * n_frames - 1), 0, n_fft, 16, n_fft)
+    assert 0 == found.shape[1] % LANES
+    assert found[:, :n_frames].all()
+    assert not found[:, n_frames:].any()
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-40, 1e-20, float(2**20)])
