@@ -69,6 +69,7 @@ NAMED: Final[dict[str, tuple[AnySet, ...]]] = {
 
 # A float file can hold 1e38, whose power float32 cannot. 120 dB over full scale is no sound.
 LIMIT: Final = float(2**20)
+LIMIT_BITS: Final = int(np.float32(LIMIT).view(np.uint32))
 
 LEVEL_GAIN: Final = "level.gain"
 """What the signal of `Featurizer.gains` is called."""
@@ -223,7 +224,7 @@ class Featurizer:
         for row, window in zip(features, windows, strict=True):
             samples = _audible(window)
             if self.spec.level_dbfs is not None:
-                samples *= np.float32(_factor(samples, self.spec.level_dbfs))
+                samples = samples * np.float32(_factor(samples, self.spec.level_dbfs))
             prepared = Window(samples)
             for columns, extractor in self._extractors:
                 row[columns] = extractor(prepared)
@@ -248,16 +249,21 @@ class Featurizer:
 
 
 def _audible(window: Waveform) -> Floats:
-    """Return a copy of a window, clipped to `LIMIT`."""
-    return _clipped(as_float32(window), np.float32(LIMIT))
+    """Return a window that is clipped to `LIMIT`; it may be the one that was given."""
+    samples = np.ascontiguousarray(as_float32(window))
+    return samples if _peak_bits(samples) <= LIMIT_BITS else samples.clip(-LIMIT, LIMIT)  # NaN stays
 
 
 @compiled
-def _clipped(samples: Floats, limit: np.float32) -> Floats:
-    clipped = np.empty_like(samples)
-    for n in range(len(samples)):
-        clipped[n] = max(min(samples[n], limit), -limit)  # NaN stays
-    return clipped
+def _peak_bits(samples: Floats) -> int:
+    """Return the bits of the largest magnitude: as integers they have the same order, and the compiler compares many.
+
+    Those of NaN are larger than any number's.
+    """
+    bits, peak = samples.view(np.uint32), np.uint32(0)
+    for n in range(np.uint64(len(bits))):
+        peak = np.uint32(max(peak, bits[n] & np.uint32(0x7FFFFFFF)))
+    return peak
 
 
 def _factor(samples: Floats, level_dbfs: float) -> float:
