@@ -263,7 +263,7 @@ def _peak_bits(samples: Floats) -> int:
     bits, peak = samples.view(np.uint32), np.uint32(0)
     for n in range(np.uint64(len(bits))):
         peak = np.uint32(max(peak, bits[n] & np.uint32(0x7FFFFFFF)))
-    return peak
+    return int(peak)
 
 
 def _factor(samples: Floats, level_dbfs: float) -> float:

@@ -92,26 +92,30 @@ def raw_signals(
     """
     n_told = 1 + scores.shape[1] if classifier else 2
     raw = np.empty((len(scores), n_told + len(watched) + (gains is not None)))
-    _fill(raw, scores, features, np.asarray(watched, np.intp), classifier)
+    fill = _fill_classified if classifier else _fill_measured
+    fill(raw, scores, features, np.asarray(watched, np.intp))
     if gains is not None:
         raw[:, -1] = gains
     return raw
 
 
 @compiled
-def _fill(
-    raw: Vector, scores: Vector, features: NDArray[np.float32], watched: NDArray[np.intp], classifier: bool
-) -> None:
+def _fill_classified(raw: Vector, scores: Vector, features: NDArray[np.float32], watched: NDArray[np.intp]) -> None:
     """Write all signals but the gain: numpy takes ten calls for that, and a record alone waits for each."""
+    n_classes = scores.shape[1]
     for row in range(len(raw)):
-        told = 2
-        if classifier:
-            best = scores[row].argmax()
-            told = 1 + scores.shape[1]
-            raw[row, 0] = scores[row, best]
-            for label in range(scores.shape[1]):
-                raw[row, 1 + label] = label == best
-        else:
-            raw[row, 0], raw[row, 1] = scores[row, 0], scores[row, 1]
+        best = scores[row].argmax()
+        raw[row, 0] = scores[row, best]
+        for label in range(n_classes):
+            raw[row, 1 + label] = label == best
         for place in range(len(watched)):
-            raw[row, told + place] = features[row, watched[place]]
+            raw[row, 1 + n_classes + place] = features[row, watched[place]]
+
+
+@compiled
+def _fill_measured(raw: Vector, scores: Vector, features: NDArray[np.float32], watched: NDArray[np.intp]) -> None:
+    """Do for a regressor what `_fill_classified` does."""
+    for row in range(len(raw)):
+        raw[row, 0], raw[row, 1] = scores[row, 0], scores[row, 1]
+        for place in range(len(watched)):
+            raw[row, 2 + place] = features[row, watched[place]]
