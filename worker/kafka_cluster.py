@@ -24,7 +24,6 @@ from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove, Tran
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl.oauth import AbstractTokenProvider
-from kafka.net.selector import NetworkSelector
 
 from worker.errors import EarshotError, Fatal, Retryable
 from worker.kafka_clients import (
@@ -37,7 +36,7 @@ from worker.kafka_clients import (
     Producer,
     ms,
 )
-from worker.kafka_wire import REFUSED, Connections
+from worker.kafka_wire import REFUSED, Connections, Selector
 from worker.messages import Topics
 from worker.security import Security, read_secret
 from worker.watchdog import Watchdog
@@ -362,7 +361,7 @@ class Cluster:
         networks: list[Any] = []
 
         def network(**configs: Any) -> Any:
-            selector = NetworkSelector(**configs)
+            selector = Selector(**configs)
             networks.append(KafkaNetClient(selector, Connections(selector, **configs)))
             return networks[-1]
 

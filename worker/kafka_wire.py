@@ -6,6 +6,7 @@ nothing of clients, their settings, or what is asked.
 
 from __future__ import annotations
 
+import selectors
 import socket
 import ssl
 import sys
@@ -16,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from kafka import errors as kafka_errors
 from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector, Task
 from kafka.protocol import parser
 from kafka.record import memory_records
 from kafka.record.default_records import (
@@ -27,10 +29,13 @@ from kafka.record.default_records import (
 )
 from kafka.record.util import decode_varint, encode_varint
 
-RECEIVE_BYTES: Final = 512 << 10  # read from a socket at once
+RECEIVE_BYTES: Final = 16 << 10  # read at once of what is not known yet; a response goes straight into its frame
+GATHER_BYTES: Final = 512 << 10  # so much of a response may gather in the system before it is read
 
 LETS_GATHER: Final = sys.platform == "linux"
 """Elsewhere a socket may never be told of once its buffer holds less than that and has no room for more."""
+
+HUNG_UP: Final = "the broker has hung up"
 
 BROKEN: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
@@ -46,6 +51,24 @@ REFUSED: Final = (
     kafka_errors.UnsupportedSaslMechanismError,
     kafka_errors.IllegalSaslStateError,
 )
+
+
+class Selector(NetworkSelector):  # type: ignore[misc]  # the client ships no types
+    """A selector that is not asked for a socket that it does not know.
+
+    The client registers a socket anew for each wait, and first asks for it. That it is not there is told with two
+    descriptions of the socket, each of which asks the system for both of its addresses, under Python's lock.
+    """
+
+    def register_event(self, fileobj: Any, event: int, task: Any) -> None:
+        """Have ``task`` go on when a file is ready for an event."""
+        if not isinstance(task, Task):
+            super().register_event(fileobj, event, task)
+            return
+        try:
+            self._selector.register(fileobj, event, (task, None) if event == selectors.EVENT_READ else (None, task))
+        except KeyError:  # another task waits for the same file
+            super().register_event(fileobj, event, task)
 
 
 class Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
@@ -86,39 +109,43 @@ class _Receiver:
         self._least = 1
 
     def __call__(self) -> tuple[bytes, Exception | None]:
-        sock = self._transport._sock  # noqa: SLF001 - there is no other way in
-        received, error = _received(sock)
+        sock, frame = self._transport._sock, self._frame()  # noqa: SLF001 - there is no other way in
+        received, error = _received(sock, frame)
         if LETS_GATHER and error is None and not isinstance(sock, ssl.SSLSocket):
-            self._gather(sock, self._missing() - len(received))
+            self._gather(sock, 0 if frame is None else frame.missing - len(received))
         return received, error
 
     def _gather(self, sock: Any, missing: int) -> None:
         """Let the system wait for ``missing`` bytes, or for as many as surely find room in its buffer."""
         least = 1
         if missing > 1:
-            least = min(missing, RECEIVE_BYTES, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4)
+            least = min(missing, GATHER_BYTES, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4)
         if least != self._least:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least = least
 
-    def _missing(self) -> int:
-        """Return how many bytes of a response that has begun had not come before."""
+    def _frame(self) -> _Frame | None:
+        """Return the frame of a response that has begun."""
         parser = self._transport.get_protocol().parser
-        return len(parser._rbuffer) - parser._rbuffer.tell() if parser._receiving else 0  # noqa: SLF001
+        frame: _Frame | None = parser._rbuffer if parser._receiving else None  # noqa: SLF001
+        return frame
 
 
-def _received(sock: Any) -> tuple[bytes, Exception | None]:
+def _received(sock: Any, frame: _Frame | None = None) -> tuple[bytes, Exception | None]:
     """Return what can be read now, or else why the connection has ended.
 
+    What belongs to ``frame`` is read into it, but for its last byte: by that the client sees that it is complete.
     The client itself reads 4 KiB at a time, and joins all that has come, which may be many megabytes. And it throws
     away what came before the end of a connection: here that is handed on, and the end is met again.
     """
     pieces: list[bytes] = []
     try:
+        while frame is not None and frame.missing > 1:
+            frame.receive(sock)
         while sum(map(len, pieces)) < RECEIVE_BYTES or _has_more(sock):
             piece = sock.recv(RECEIVE_BYTES)
             if not piece:
-                raise ConnectionError("the broker has hung up")
+                raise ConnectionError(HUNG_UP)
             pieces.append(piece)
     except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
         pass
@@ -146,8 +173,8 @@ def _refused_by_tls(error: Exception) -> str | None:
 class _Frame:
     """The bytes of one response, as they are put together and taken apart.
 
-    Those of the client are zeros first, and are copied twice before they are decoded, all of it under Python's lock:
-    a worker that is behind spent a quarter of its time so.
+    Those of the client are zeros first, and are copied three times before they are decoded, all of it under Python's
+    lock: a worker that is behind spent a quarter of its time so.
     """
 
     def __init__(self, size: int) -> None:
@@ -162,6 +189,23 @@ class _Frame:
 
     def seek(self, at: int) -> None:
         self._at = at
+
+    @property
+    def missing(self) -> int:
+        """How many bytes are still to come."""
+        return len(self._bytes) - self._at
+
+    def receive(self, sock: Any) -> None:
+        """Read what is there of all but the last byte.
+
+        Raises:
+            BlockingIOError, SSLWantReadError: nothing is there yet.
+            OSError: the connection has ended.
+        """
+        count = sock.recv_into(self._bytes[self._at : -1])
+        if not count:
+            raise ConnectionError(HUNG_UP)
+        self._at += count
 
     def write(self, data: bytes) -> None:
         self._bytes[self._at : self._at + len(data)] = data

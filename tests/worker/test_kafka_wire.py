@@ -6,7 +6,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
+from worker.kafka_wire import Selector, _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
 
 Pair = tuple[socket.socket, socket.socket]
 PATIENCE = 10.0  # seconds to wait for what must come
@@ -75,6 +75,32 @@ class TestReceived:
         assert b"" == received
         assert isinstance(error, KafkaConnectionError)
 
+    def test_a_response_that_has_begun(self, pair: Pair) -> None:
+        """It is read into its frame, but for the last byte, which comes with what follows."""
+        here, there = pair
+        frame = _Frame(10)
+        frame.write(b"012")
+
+        there.sendall(b"3456")
+        assert (b"", None) == _received(here, frame)
+        there.sendall(b"789next")
+        assert (b"9next", None) == _received(here, frame)
+
+        frame.write(b"9")
+        frame.seek(0)
+        assert b"0123456789" == frame.read()
+
+    def test_the_end_of_a_response_that_has_begun(self, pair: Pair) -> None:
+        """It is told, although something has come before it: that was in vain."""
+        here, there = pair
+        there.sendall(b"012")
+        there.close()
+
+        received, error = _received(here, _Frame(10))
+
+        assert b"" == received
+        assert isinstance(error, KafkaConnectionError)
+
     def test_a_connection_that_broke(self, pair: Pair) -> None:
         """The reason is told."""
         here, _ = pair
@@ -84,6 +110,66 @@ class TestReceived:
 
         assert b"" == received
         assert "Bad file descriptor" in str(error)
+
+
+class TestSelector:
+    """Tasks wait for sockets as they do with the client's own selector, but the system is not asked who these are."""
+
+    class Undescribed(socket.socket):
+        """A socket that must not be described."""
+
+        def __repr__(self) -> str:
+            raise AssertionError("described")
+
+    @pytest.fixture
+    def selector(self) -> Iterator[Selector]:
+        """A selector of our own."""
+        selector = Selector()
+        yield selector
+        selector.close()
+
+    def test_a_task_waits_time_and_again(self, pair: Pair, selector: Selector) -> None:
+        """Each byte wakes the one that waits."""
+        heard: list[bytes] = []
+        with self.Undescribed(fileno=pair[0].detach()) as here:
+
+            async def read() -> None:
+                while len(heard) < 3:
+                    await selector.wait_read(here)
+                    heard.append(here.recv(1))
+
+            selector.call_soon(read)
+            for each in (b"a", b"b", b"c"):
+                pair[1].sendall(each)
+                self.poll_until(selector, lambda: heard[-1:] == [each])  # noqa: B023 - it is called at once
+
+    def test_two_tasks_wait_for_one_socket(self, pair: Pair, selector: Selector) -> None:
+        """One to read, and one to write."""
+        here, there = pair
+        done: list[bytes] = []
+
+        async def read() -> None:
+            await selector.wait_read(here)
+            done.append(here.recv(1))
+
+        async def write() -> None:
+            await selector.wait_write(here)
+            done.append(b"written")
+
+        selector.call_soon(read)
+        selector.poll(timeout_ms=0)
+        selector.call_soon(write)
+        self.poll_until(selector, lambda: done == [b"written"])
+        there.sendall(b"a")
+        self.poll_until(selector, lambda: done == [b"written", b"a"])
+
+    @staticmethod
+    def poll_until(selector: Selector, condition: Callable[[], bool]) -> None:
+        """Go on until something holds."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline
+            selector.poll(timeout_ms=100)
 
 
 class TestReceiver:
@@ -111,14 +197,15 @@ class TestReceiver:
         (here, there), (receive, parser) = ends, receiver
         there.sendall(b"x" * 10)
         assert readable(here, PATIENCE)
-        received, _ = receive()
-        parser._rbuffer.write(received)
+        assert (b"", None) == receive()
+        assert 990 == parser._rbuffer.missing
 
         there.sendall(b"x" * 989)
         assert not readable(here, 0.2)
         there.sendall(b"x")
         assert readable(here, PATIENCE)
-        assert 990 == len(receive()[0])
+        assert (b"x", None) == receive()
+        assert 1 == parser._rbuffer.missing
 
     def test_what_follows_is_told_of_byte_by_byte(
         self, ends: Pair, receiver: tuple[_Receiver, SimpleNamespace]
@@ -127,10 +214,11 @@ class TestReceiver:
         (here, there), (receive, parser) = ends, receiver
         there.sendall(b"x" * 10)
         assert readable(here, PATIENCE)
-        parser._rbuffer.write(receive()[0])
+        receive()
         there.sendall(b"x" * 990)
         assert readable(here, PATIENCE)
-        receive()
+        parser._rbuffer.write(receive()[0])
+        assert not parser._rbuffer.missing
 
         there.sendall(b"x")
         assert readable(here, PATIENCE)
