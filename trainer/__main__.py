@@ -197,7 +197,7 @@ def _spec(arguments: dict[str, Any]) -> Any:
     from worker.features import NAMED, Featurizer, feature_spec, read_spec
 
     names = {"level": "level_dbfs"}
-    settings = ("level", "sample_rate", "window_seconds", "window_hop_seconds")
+    settings = ("level", "sample_rate", "window_seconds", "window_hop_seconds", "precision")
     typed = {names.get(name, name): arguments[name] for name in settings if arguments[name] is not None}
     asked = arguments["features"]
     named = all(name in NAMED for name in asked.split("+"))  # these first: a folder may hold a file called rich

@@ -122,6 +122,11 @@ def _training(command: argparse.ArgumentParser) -> None:
     features.add_argument("--sample-rate", type=WHOLE, metavar="HZ", help="what everything is resampled to (16000)")
     features.add_argument("--window-seconds", type=SECONDS, metavar="S", help="what one prediction hears (1.0)")
     features.add_argument("--window-hop-seconds", type=SECONDS, metavar="S", help="between two windows (0.5)")
+    features.add_argument(
+        "--precision",
+        choices=("float64", "float32"),
+        help="of Fourier transforms (float64); in float32 they take half of the time, and mel bands are 0.002 dB off",
+    )
 
     command.add_argument("--seed", type=SEED, default=0, help="of forests, folds and copies (%(default)s)")
     _work(command)

@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from worker.features import Featurizer, feature_spec
+from worker.fourier import Precision
 from worker.golden import window_mean
 
 
@@ -29,6 +30,7 @@ class AudioFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # s
         window_seconds: the length of a window; None makes each row a window.
         window_hop_seconds: between the starts of two windows; None for half a window.
         level_dbfs: the RMS level that windows are brought to; None leaves them as they are.
+        precision: of Fourier transforms: librosa's "float64", or the faster "float32".
 
     Attributes:
         featurizer_: what computes the features.
@@ -43,12 +45,14 @@ class AudioFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # s
         window_seconds: float | None = 1.0,
         window_hop_seconds: float | None = None,
         level_dbfs: float | None = None,
+        precision: Precision = "float64",
     ) -> None:
         self.features = features
         self.sample_rate = sample_rate
         self.window_seconds = window_seconds
         self.window_hop_seconds = window_hop_seconds
         self.level_dbfs = level_dbfs
+        self.precision = precision
 
     def fit(self, X: Any, y: object = None) -> AudioFeatures:  # noqa: ARG002, N803  # scikit-learn's names
         """Make the tables for rows as long as those of ``X``, shape (n, samples).
@@ -66,6 +70,7 @@ class AudioFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # s
                 window_seconds=seconds,
                 window_hop_seconds=hop,
                 level_dbfs=self.level_dbfs,
+                precision=self.precision,
             )
         )
         return self

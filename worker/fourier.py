@@ -4,15 +4,15 @@ This module owns the transform. It must not know what is made of a spectrum.
 
 Libraries transform one frame after the other. Here `LANES` frames go through each step together, so
 that the compiler can use the whole width of the processor and reads each factor once for all of
-them. All arithmetic is float64 and in a fixed order, so that the bits of a frame depend neither on
-its neighbours nor on how many there are.
+them. All arithmetic is in one precision and in a fixed order, so that the bits of a frame depend
+neither on its neighbours nor on how many there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from numba import literally  # type: ignore[attr-defined]  # it is public, but n
 from worker.compiled import compiled, for_constants, inlined
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
+
+Precision = Literal["float64", "float32"]
 
 LANES: Final = 16
 """Frames transformed together; fewer are slower, since each loop has a start. Of more, a part (`_transform`) does not
@@ -62,7 +64,10 @@ class Stages(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a transform of n_fft samples, of which win_length are weighted by a periodic Hann window, needs."""
+    """What a transform of n_fft samples, of which win_length are weighted by a periodic Hann window, needs.
+
+    The transform has the precision of the first three.
+    """
 
     window: Array  # (n_fft,), zero outside of win_length; half as high, for `_part` adds what is to be averaged
     twiddles: Array  # (n_fft / 2, 2): cosine and sine of -2 pi k / (n_fft / 2)
@@ -73,7 +78,7 @@ class Factors(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=16)
-    def of(n_fft: int, win_length: int, hop_length: int) -> Factors:
+    def of(n_fft: int, win_length: int, hop_length: int, precision: Precision) -> Factors:
         """Compute them; ``n_fft`` is a power of two."""
         half = n_fft // 2
         stages = Stages.of(half)
@@ -87,16 +92,23 @@ class Factors(NamedTuple):
         turns = np.arange(half) / half
         samples = np.arange(n_fft, dtype=np.uint64)
         return Factors(
-            _hann(n_fft, win_length) / 2,
-            _circle(turns),
-            _circle(turns / 2),
+            (_hann(n_fft, win_length) / 2).astype(precision),
+            _circle(turns).astype(precision),
+            _circle(turns / 2).astype(precision),
             order,
             samples % np.uint64(hop_length),
             samples // np.uint64(hop_length),
         )
 
 
-def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length: int, win_length: int) -> Array:
+def powers(
+    samples: npt.NDArray[np.float32],
+    margin: int,
+    n_fft: int,
+    hop_length: int,
+    win_length: int,
+    precision: Precision = "float64",
+) -> Array:
     """Return the squared magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, columns).
 
     The frames are the first columns. Silence follows, up to a multiple of `LANES`: a loop over such rows has no rest
@@ -108,11 +120,13 @@ def powers(samples: npt.NDArray[np.float32], margin: int, n_fft: int, hop_length
         n_fft: the length of a frame; powers of two are much faster.
         hop_length: the distance between two frames. All of them are whole, but for one that is longer than everything.
         win_length: how many samples in the middle of a frame are weighted, by a periodic Hann window.
+        precision: what is computed in. Whatever it is, the powers are float32.
     """
     n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
     if n_fft & (n_fft - 1) or not SHORTEST <= n_fft <= LONGEST:
-        return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length))
-    return _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *Factors.of(n_fft, win_length, hop_length))
+        return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length).astype(precision))
+    factors = Factors.of(n_fft, win_length, hop_length, precision)
+    return _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *factors)
 
 
 def _by_library(
@@ -178,8 +192,8 @@ def _transform(half: int) -> Callable[..., Array]:
         columns = _columns(samples, margin, hop_length, n_columns)
         places = rows * np.uint64(n_columns) + shifts
         spectra = np.empty((half + 1) * filled, np.float32)
-        z = np.empty(4 * radix * apart * ROW)
-        opening, ending = np.empty(4 * radix * ROW), np.empty(8 * LANES, np.float32)
+        z = np.empty(4 * radix * apart * ROW, window.dtype)
+        opening, ending = np.empty(4 * radix * ROW, window.dtype), np.empty(8 * LANES, np.float32)
         for first in range(0, filled, LANES):
             _begin(columns, places, first, window, twiddles, opening, z, radix, part, apart)
             _split(z, twiddles, radix, part, apart)

@@ -54,6 +54,10 @@ class FrameStatistics(FrameSpec, frozen=True, kw_only=True, forbid_unknown_field
             ("trim_db", self.trim_db is None or 0 < self.trim_db < np.inf, "more than 0 dB, or none for all frames"),
         )
 
+    def needs_float64(self) -> bool:
+        """Return whether there are valleys of a contrast: they may be below what float32 leaves of a loud frame."""
+        return "contrast" in self.families
+
     def extractor(self, sample_rate: int, window_samples: int) -> FrameExtractor:  # noqa: ARG002  # any length will do
         """Return what computes this set.
 

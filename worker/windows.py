@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from worker.fourier import powers
+from worker.fourier import Precision, powers
 
 Array = Any  # numpy's stubs lose an array's type in arithmetic
 Floats = npt.NDArray[np.float32]
@@ -45,10 +45,14 @@ class Stft(NamedTuple):
 
 
 class Window:
-    """A waveform of float32, shape (samples,), and what several sets may ask of it."""
+    """A waveform of float32, shape (samples,), and what several sets may ask of it.
 
-    def __init__(self, samples: Floats) -> None:
+    ``precision`` is that of its transforms.
+    """
+
+    def __init__(self, samples: Floats, precision: Precision = "float64") -> None:
         self.samples = samples
+        self._precision = precision
         self._powers: dict[Stft, Floats] = {}
         self._magnitudes: dict[Stft, Floats] = {}
 
@@ -56,10 +60,11 @@ class Window:
         """Return the squared magnitude of the transform, shape (bins, columns), from 0 Hz to Nyquist.
 
         The frames are the first columns, and silence may follow (`worker.fourier.powers`). Computed once
-        for equal settings, in float64 as librosa does, and then rounded to float32.
+        for equal settings, by default in float64 as librosa does, and then rounded to float32.
         """
         if stft not in self._powers:
-            self._powers[stft] = powers(self.samples, stft.margin, stft.n_fft, stft.hop_length, stft.win_length)
+            margin, precision = stft.margin, self._precision
+            self._powers[stft] = powers(self.samples, margin, stft.n_fft, stft.hop_length, stft.win_length, precision)
         return self._powers[stft]
 
     def magnitude(self, stft: Stft) -> Floats:
@@ -113,6 +118,10 @@ class FeatureSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def checks(self, sample_rate: int, window_samples: int) -> tuple[tuple[str, bool, str], ...]:
         """Return settings, whether they hold, and what was expected."""
         raise NotImplementedError
+
+    def needs_float64(self) -> bool:
+        """Return whether transforms in float32 would change more than roundings."""
+        return False
 
     def extractor(self, sample_rate: int, window_samples: int) -> Extractor:
         """Return what computes this set.

@@ -50,6 +50,18 @@ def test_magnitudes_are_scipys(n_fft: int) -> None:
         np.testing.assert_allclose(found, reference, rtol=2e-7, atol=2e-7 * max(1e-30, reference.max() * 1e-6))
 
 
+@pytest.mark.parametrize("n_fft", [64, 128, 2048, 100])
+def test_float32_is_float64_but_for_roundings(n_fft: int) -> None:
+    """They are a few of the loudest frequency's, which also a tone leaves to the quietest ones."""
+    tone = np.sin(np.arange(3 * n_fft + 7)).astype(np.float32)
+    for sound in (tone, noise(3 * n_fft + 7)):
+        single = powers(sound, 0, n_fft, n_fft // 4, n_fft, "float32")
+        double = powers(sound, 0, n_fft, n_fft // 4, n_fft)
+        assert np.float32 == single.dtype
+        assert (single != double).any()
+        np.testing.assert_allclose(np.sqrt(single), np.sqrt(double), rtol=1e-6, atol=3e-7 * np.sqrt(double.max()))
+
+
 @pytest.mark.parametrize("n_fft", [8, 64, 128, 100])
 @pytest.mark.parametrize("samples", [1, 5, 64, 101, 1000])
 def test_hops_and_margins_of_any_length(n_fft: int, samples: int) -> None:
