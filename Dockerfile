@@ -36,6 +36,8 @@ RUN earshot-trainer simulate /tmp/clips --clips 36 --seconds 1 \
         NUMBA_CPU_NAME=$cpu earshot-trainer fit /tmp/clips --label $label --out /tmp/bundle --trees 8 \
           --features article+compact+rich+pitch --no-cache --no-report || exit 1; \
       done; \
+      NUMBA_CPU_NAME=$cpu earshot-trainer fit /tmp/clips --out /tmp/bundle --trees 8 \
+        --features article --precision float32 --no-cache --no-report || exit 1; \
     done \
  && rm -r /tmp/clips /tmp/bundle
 # Numba takes kept machine code only from a folder that can be written to, and without any such folder librosa cannot be

@@ -28,8 +28,16 @@ from worker import bundle  # noqa: E402
 from worker.features import feature_spec  # noqa: E402
 
 PARTS = ("features", "forest", "decode", "drift", "pipeline", "kafka", "start")
-MODELS = ("article", "compact", "rich")
-NEEDED = {"drift": ("article",), "pipeline": ("article", "compact"), "kafka": MODELS, "start": ("article", "rich")}
+MODELS = {
+    **{name: feature_spec(name) for name in ("article", "compact", "rich")},
+    "article in float32": feature_spec("article", precision="float32"),
+}
+NEEDED = {
+    "drift": ("article",),
+    "pipeline": ("article", "article in float32", "compact"),
+    "kafka": tuple(MODELS),
+    "start": ("article", "rich"),
+}
 """Which models a part needs."""
 
 CHUNKS = 256
@@ -62,7 +70,7 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
     simulate(work / "clips", clips=144)
     clips = sorted((work / "clips" / "audio").glob("*.wav"))
     for name in {name: None for part in parts for name in NEEDED.get(part, ())}:
-        fit(load(work / "clips"), work / name, name=name, spec=feature_spec(name))
+        fit(load(work / "clips"), work / name, name=name, spec=MODELS[name])
     chunks = hotpath.wavs(clips, CHUNKS)
     if "features" in parts:
         yield from hotpath.features(chunks, MODELS)
@@ -73,8 +81,8 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
     if "drift" in parts:
         yield from hotpath.drift(bundle.load(work / "article"), chunks)
     if "pipeline" in parts:
-        article, compact = (bundle.load(work / name) for name in NEEDED["pipeline"])
-        yield from hotpath.pipeline(article, compact, work / "article", chunks)
+        bundles = {name: bundle.load(work / name) for name in NEEDED["pipeline"]}
+        yield from hotpath.pipeline(bundles, work / "article", chunks)
     if "kafka" in parts:
         yield from workers.on_kafka(work, chunks)
     if "start" in parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.bench.measure import Row, Task, by_turns
 from worker import audio
 from worker.bundle import FOREST, Bundle
 from worker.drift import DriftPolicy
-from worker.features import RICH, FeatureSpec, Featurizer, feature_spec
+from worker.features import RICH, FeatureSpec, Featurizer
 from worker.forest import Forest
 from worker.hearing import Hearing
 from worker.messages import Record, Topics
@@ -70,11 +70,11 @@ def records(chunks: Sequence[bytes], first: int = 0) -> list[Record]:
     ]
 
 
-def pipeline(bundle: Bundle, compact: Bundle, folder: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
+def pipeline(bundles: Mapping[str, Bundle], folder: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
     """Yield WAV bytes to probabilities, in batches; all of Earshot, drift and JSON included; and the default set."""
     forest = joblib.load(folder / FOREST)
-    hearing, by_default = (Hearing(each, audio.Limits()) for each in (bundle, compact))
-    whole = Pipeline(bundle, TOPICS, audio.Limits(), DriftPolicy(), Retention())
+    hearing = {name: Hearing(each, audio.Limits()) for name, each in bundles.items()}
+    whole = Pipeline(bundles["article"], TOPICS, audio.Limits(), DriftPolicy(), Retention())
     states: States = {}
     onnx = _onnx(forest)
     for size in BATCHES:
@@ -86,20 +86,21 @@ def pipeline(bundle: Bundle, compact: Bundle, folder: Path, chunks: Sequence[byt
             "… librosa given the batch": partial(peers.librosa_batched, batch, forest),
             "… onnxruntime for the forest": partial(_through, onnx, peers.article_features, batch),
             "kaldi-native-fbank, onnxruntime": partial(_through, onnx, _kaldi, batch),
-            "Earshot, bytes to probabilities": partial(_hear, hearing, arrived),
+            "Earshot, bytes to probabilities": partial(_hear, hearing["article"], arrived),
             "Earshot, with drift and JSON": partial(whole.run, states, arrived),
-            "Earshot, compact (the default)": partial(_hear, by_default, arrived),
+            "Earshot, transforms in float32": partial(_hear, hearing["article in float32"], arrived),
+            "Earshot, compact (the default)": partial(_hear, hearing["compact"], arrived),
         }
         yield from by_turns(f"pipeline, batches of {size}", contestants, items=size, seconds=8, second=BATCHED)
 
 
-def features(chunks: Sequence[bytes], names: Sequence[str]) -> Iterator[Row]:
+def features(chunks: Sequence[bytes], specs: Mapping[str, FeatureSpec]) -> Iterator[Row]:
     """Yield each feature set, one window and a batch at a time."""
     windows = np.array([peers.load(chunk) for chunk in chunks[:32]], np.float32)
     for size in BATCHES:
         contestants: dict[str, Task] = {"librosa, article": partial(_each, peers.article_features, windows[:size])}
-        for name in names:
-            featurizer = Featurizer(feature_spec(name))
+        for name, spec in specs.items():
+            featurizer = Featurizer(spec)
             named = f"Earshot, {name} ({len(featurizer.feature_names)})"
             contestants[named] = partial(featurizer.transform, windows[:size])
         yield from by_turns(f"features, {size} windows", contestants, items=size, seconds=6)

@@ -32,6 +32,7 @@ ROUNDS: Final = 3
 SOURCES: Final = 8
 COMPARED: Final = {
     "Earshot, exactly once": "kafka-python alone, exactly once",
+    "Earshot, transforms in float32": "kafka-python alone, exactly once",
     "Earshot, two processes": "Earshot, exactly once",
     "Earshot, compact, two processes": "Earshot, compact, the default",
     "Earshot, rich, two processes": "Earshot, rich",
@@ -79,6 +80,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
             "FastStream, Earshot's functions": apart("faststream_app", SLOW_RECORDS, article, "fast"),
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
+            "Earshot, transforms in float32": earshot(model="article in float32"),
             "Earshot, two processes": earshot("--processes", "2"),
             "Earshot, compact, the default": earshot(model="compact"),
             "Earshot, compact, two processes": earshot("--processes", "2", model="compact"),
