@@ -11,6 +11,7 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from kafka import errors as kafka_errors
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector, Task
 from kafka.protocol import parser
+from kafka.protocol.schemas.fields.codecs.types import Bytes
 from kafka.record import memory_records
 from kafka.record.default_records import (
     ControlRecord,
@@ -30,6 +32,7 @@ from kafka.record.default_records import (
 from kafka.record.util import decode_varint, encode_varint
 
 RECEIVE_BYTES: Final = 16 << 10  # read at once of what is not known yet; a response goes straight into its frame
+LARGE_FIELD: Final = 64 << 10  # bytes; nothing but records is as long
 GATHER_BYTES: Final = 512 << 10  # so much of a response may gather in the system before it is read
 
 LETS_GATHER: Final = sys.platform == "linux"
@@ -219,6 +222,24 @@ class _Frame:
         return taken
 
 
+def _taken(field: memoryview) -> bytes | memoryview:
+    """Return a field of a response: a copy, or the view itself of one that can only hold records.
+
+    Each of these is copied when it is read, and the client would copy all of them once more before.
+    """
+    return field if len(field) >= LARGE_FIELD else bytes(field)
+
+
+def _taking(emit: Callable[..., None]) -> Callable[..., None]:
+    """Have ``bytes`` take a field in the code that the client writes for each kind of response."""
+
+    def emit_taking(context: Any, *args: Any, **settings: Any) -> None:
+        context.globs["bytes"] = _taken
+        emit(context, *args, **settings)
+
+    return emit_taking
+
+
 class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # the client ships no types
     """Records as they came, each of which is copied when it is read, and not before unless they are compressed.
 
@@ -325,5 +346,6 @@ def _known(name: str) -> bytes:
 
 # The client has no settings for them.
 parser.KafkaBytes = _Frame
+Bytes.emit_decode_from = _taking(Bytes.emit_decode_from)
 memory_records.DefaultRecordBatch = _Batch
 memory_records.DefaultRecordBatchBuilder = _BatchBuilder

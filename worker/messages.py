@@ -227,6 +227,8 @@ class RetrainRequested(msgspec.Struct, frozen=True, gc=False, tag_field="event",
 DriftEvent = DriftDetected | RetrainRequested
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST: Final = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // timedelta(milliseconds=1)
+_LAST: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // timedelta(milliseconds=1)
 _encoder: Final = msgspec.json.Encoder()
 
 
@@ -405,10 +407,9 @@ def _source(key: bytes | None, headers: Mapping[str, bytes]) -> str:
 def _event_time(headers: Mapping[str, bytes], timestamp: int) -> int:
     text = _header(headers, "ce_time")
     if text is None:
-        try:
-            instant(timestamp)
-        except OverflowError as error:
-            raise BadRecord("bad-header", f"the record's timestamp is {timestamp} ms: {error}") from None
+        if not _FIRST <= timestamp <= _LAST:
+            expected = "expected milliseconds from the year 1 to 9999"
+            raise BadRecord("bad-header", f"the record's timestamp is {timestamp} ms, {expected}")
         return timestamp
     try:
         time = datetime.fromisoformat(text.upper())

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kafka.errors import CorruptRecordError, KafkaConnectionError
 from kafka.protocol import parser
+from kafka.protocol.consumer import FetchResponse
 from kafka.protocol.frame import KafkaBytes
 from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import Selector, _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
+from worker.kafka_wire import LARGE_FIELD, Selector, _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
 
 Pair = tuple[socket.socket, socket.socket]
 PATIENCE = 10.0  # seconds to wait for what must come
@@ -252,6 +253,39 @@ class TestFrame:
         for count in reads:
             assert theirs.read(count) == ours.read(count)
             assert theirs.tell() == ours.tell()
+
+    def test_many_records_are_not_copied_when_their_response_is_decoded(self) -> None:
+        """They are a view of the frame; what is small is copied, and so keeps no frame."""
+        many, few = bytes(LARGE_FIELD), b"few"
+        topic = FetchResponse.FetchableTopicResponse
+        partitions = [
+            topic.PartitionData(
+                partition_index=number,
+                error_code=0,
+                high_watermark=0,
+                last_stable_offset=0,
+                log_start_offset=0,
+                aborted_transactions=None,
+                preferred_read_replica=-1,
+                records=records,
+            )
+            for number, records in enumerate([many, few, None])
+        ]
+        sent = FetchResponse(
+            throttle_time_ms=0,
+            error_code=0,
+            session_id=0,
+            responses=[topic(topic="audio.in", topic_id=None, partitions=partitions)],
+            version=12,
+        ).encode()
+        frame = _Frame(len(sent))
+        frame.write(sent)
+        frame.seek(0)
+
+        found = [each.records for each in FetchResponse[12].decode(frame).responses[0].partitions]
+
+        assert [many, few, None] == found
+        assert [memoryview, bytes, type(None)] == [type(each) for each in found]
 
     def test_the_rest_is_not_copied(self) -> None:
         """What is decoded is a view, which is what frames of our own are for."""
