@@ -237,6 +237,7 @@ class KafkaSession:
         self._changes = _Changes()
         self._heard = -math.inf
         self._placed = math.inf
+        self._complete = False
         self._farewells: list[Callable[[], None]] = []
         try:
             # Before any offset is read: this aborts or completes what the last session left open.
@@ -276,6 +277,9 @@ class KafkaSession:
             records = self._cluster.attempt("poll", timeout + GRACE, lambda: self._poll(timeout, max_records))
             if records:
                 self._heard = time.monotonic()
+            if not self._complete and self._consumer.has_joined():
+                self._complete = True
+                self._complete_rebalance()
             unplaced = self._consumer.unplaced()
             self._require_places(unplaced)
             return Polled(
@@ -357,6 +361,16 @@ class KafkaSession:
         """Leave the group, unless the session has failed and the next one comes back for it; free the connections."""
         while self._farewells:
             self._cluster.farewell(self._farewells.pop(0))
+
+    def _complete_rebalance(self) -> None:
+        """Join the group once more if it has left partitions to nobody.
+
+        Partitions change hands in two steps: who has too many gives them up and joins once more, and by that they are
+        given away. If its session ends in between, the next one finds its place again, and nobody would join.
+        """
+        given = set().union(*self._cluster.members(self._group).values())
+        if given < set(self._consumer.partitions_for_topic(self._topics.audio_in) or ()):
+            self._consumer.rejoin()
 
     def _require_places(self, unplaced: frozenset[int]) -> None:
         """Raise Retryable if partitions are ours and wait too long for their offsets, which the client does in silence.

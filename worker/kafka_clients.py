@@ -286,6 +286,14 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]  # the client ships no type
             if coordinator._join_task is not None:  # noqa: SLF001 - nothing else keeps it
                 coordinator._join_task = _Kept(coordinator._join_task)  # noqa: SLF001
 
+    def has_joined(self) -> bool:
+        """Return whether the group has told what is ours, as far as is known."""
+        return self.group_metadata().generation_id > 0 and not self.rebalances()
+
+    def rejoin(self) -> None:
+        """Have the next poll join the group anew."""
+        self._coordinator.request_rejoin()
+
     def rebalances(self) -> bool:
         """Return whether the next poll will join the group anew, as far as is known."""
         return bool(self._coordinator.rejoining or self._coordinator.need_rejoin())

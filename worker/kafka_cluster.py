@@ -280,14 +280,14 @@ class Cluster:
 
         return self.ask("look for transactions", look)
 
-    def members(self, group: str) -> set[str]:
-        """Return the ids of the members of a group, as its coordinator knows them."""
+    def members(self, group: str) -> dict[str, set[int]]:
+        """Return the ids of the members of a group, as its coordinator knows them, and the partitions that each has."""
 
-        def look(admin: Any) -> set[str]:
+        def look(admin: Any) -> dict[str, set[int]]:
             (found,) = admin.describe_groups([group]).values()
             if found["error"] is not None:
                 raise kafka_errors.KafkaError(found["error"])
-            return {each["member_id"] for each in found["members"]}
+            return {each["member_id"]: _partitions(each["member_assignment"]) for each in found["members"]}
 
         return self.ask("look at the group", look)
 
@@ -389,6 +389,12 @@ class _Token(AbstractTokenProvider):  # type: ignore[misc]  # the client ships n
             return read_secret("--kafka-sasl-token-file", self._path)
         except Fatal as error:
             raise kafka_errors.SaslAuthenticationFailedError(str(error)) from error
+
+
+def _partitions(assignment: Any) -> set[int]:
+    """Return the partitions of an assignment, of a single topic; one that is still to come is empty, or of bytes."""
+    topics = assignment["assigned_partitions"] if isinstance(assignment, Mapping) else []
+    return {partition for each in topics for partition in each["partitions"]}
 
 
 def _may(topic: Mapping[str, Any], operation: str) -> bool:

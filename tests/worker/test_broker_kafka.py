@@ -167,6 +167,22 @@ def test_a_session_that_failed_is_followed_without_a_rebalance(broker: KafkaBrok
             assert before == other._consumer.group_metadata()
 
 
+def test_a_rebalance_that_a_session_leaves_half_done_is_completed(broker: KafkaBroker, group: str) -> None:
+    """It has given partitions up and has not joined again, which would give them to the other member."""
+    with closing(broker.join(group, "one")) as session:
+        share(session)
+        with closing(broker.join(group, "two")) as other:
+            with ThreadPoolExecutor(1) as threads:
+                joining = threads.submit(wait_for, lambda: other.poll(0.1, 10) is None or other._consumer.has_joined())
+                wait_for(lambda: bool(session.poll(0.1, 10).revoked))
+                joining.result()
+            session._farewells.remove(session._leave)  # as one that was killed, or whose commit was refused
+            session.close()
+
+            with closing(broker.join(group, "one")) as successor:
+                share(successor, other)
+
+
 @pytest.mark.parametrize("aware", [False, True], ids=["unaware", "aware"])
 def test_a_member_that_was_shown_out_cannot_commit(
     broker: KafkaBroker, topics: Topics, group: str, *, aware: bool
