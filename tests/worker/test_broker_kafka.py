@@ -179,8 +179,13 @@ def test_a_rebalance_that_a_session_leaves_half_done_is_completed(broker: KafkaB
             session._farewells.remove(session._leave)  # as one that was killed, or whose commit was refused
             session.close()
 
+            def owned() -> set[int]:
+                for each in (successor, other):
+                    each.poll(0.1, 10)
+                return {at.partition for each in (successor, other) for at in each._consumer.assignment()}
+
             with closing(broker.join(group, "one")) as successor:
-                share(successor, other)
+                wait_for(lambda: owned() == set(range(PARTITIONS)))
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["unaware", "aware"])
