@@ -30,7 +30,7 @@ class AudioFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # s
         window_seconds: the length of a window; None makes each row a window.
         window_hop_seconds: between the starts of two windows; None for half a window.
         level_dbfs: the RMS level that windows are brought to; None leaves them as they are.
-        precision: of Fourier transforms: librosa's "float64", or the faster "float32".
+        precision: of Fourier transforms: librosa's "float64", or the faster "float32" (`worker.features.FeatureSpec`).
 
     Attributes:
         featurizer_: what computes the features.

@@ -39,6 +39,8 @@ CONTRAST_BANDS: Final = 6  # octaves above CONTRAST_FMIN, as far as they start b
 CONTRAST_QUANTILE: Final = 0.02  # the share of a band's bins that make its peak and its valley
 CONTRAST_TOP_DB: Final = 80.0
 
+FLOAT32_DB: Final = 80.0  # so far under the loudest frequency, a transform in float32 is a millibel off at most
+
 # Least-squares slope and curvature over nine frames (Savitzky and Golay 1964, orders 1 and 2).
 _STEPS = np.arange(-4, 5)
 SLOPE: Final = _STEPS / 60
@@ -89,6 +91,10 @@ class FrameSpec(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             ("n_mfcc", 1 <= self.n_mfcc <= self.n_mels, f"1 to n_mels, which is {self.n_mels}"),
             ("top_db", self.top_db is None or 0 < self.top_db < np.inf, "more than 0 dB, or none for no clamp"),
         )
+
+    def needs_float64(self) -> str:
+        """Return which settings look at what is too quiet beside the rest for transforms in float32."""
+        return "" if self.top_db is not None and self.top_db <= FLOAT32_DB else f"top_db {self.top_db}"
 
 
 class Bands(NamedTuple):

@@ -75,6 +75,10 @@ class PitchSet(FeatureSet, frozen=True, kw_only=True, forbid_unknown_fields=True
             ),
         )
 
+    def needs_float64(self) -> str:
+        """Return which settings look at what is too quiet beside the rest for transforms in float32."""
+        return f"what is {FLOOR_DB:g} dB under a peak"
+
     def extractor(self, sample_rate: int, window_samples: int) -> PitchExtractor:  # noqa: ARG002  # frames fit into any window that passed
         """Return what computes this set."""
         return PitchExtractor(self.fmin, self.fmax, sample_rate)

@@ -28,6 +28,10 @@ MOMENTS: Final[tuple[str, ...]] = get_args(Moment)
 QUANTILES: Final = {"min": 0.0, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
 STATISTICS: Final[tuple[Statistic, ...]] = (*get_args(Moment), *get_args(Quantile))
 
+CLAMPED: Final = ("mel", "mfcc", "delta", "delta2", "zcr", "rms")
+"""Families in which nothing quiet counts beside what is loud, since ``top_db`` clamps it, or since they add energies or
+know no spectrum."""
+
 CONSTANT: Final = 1e-6
 """A spread of so much of the mean is the rounding of float32: the skewness of it would be noise."""
 
@@ -54,9 +58,9 @@ class FrameStatistics(FrameSpec, frozen=True, kw_only=True, forbid_unknown_field
             ("trim_db", self.trim_db is None or 0 < self.trim_db < np.inf, "more than 0 dB, or none for all frames"),
         )
 
-    def needs_float64(self) -> bool:
-        """Return whether there are valleys of a contrast: they may be below what float32 leaves of a loud frame."""
-        return "contrast" in self.families
+    def needs_float64(self) -> str:
+        """Return which settings look at what is too quiet beside the rest for transforms in float32."""
+        return super().needs_float64() or ", ".join(each for each in self.families if each not in CLAMPED)
 
     def extractor(self, sample_rate: int, window_samples: int) -> FrameExtractor:  # noqa: ARG002  # any length will do
         """Return what computes this set.

@@ -119,9 +119,9 @@ class FeatureSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Return settings, whether they hold, and what was expected."""
         raise NotImplementedError
 
-    def needs_float64(self) -> bool:
-        """Return whether transforms in float32 would change more than roundings."""
-        return False
+    def needs_float64(self) -> str:
+        """Return which settings look at what is too quiet beside the rest for transforms in float32; mostly none."""
+        return ""
 
     def extractor(self, sample_rate: int, window_samples: int) -> Extractor:
         """Return what computes this set.
