@@ -125,8 +125,8 @@ def _training(command: argparse.ArgumentParser) -> None:
     features.add_argument(
         "--precision",
         choices=("float64", "float32"),
-        help="of Fourier transforms (float64); float32 is faster, mel bands are up to 0.002 dB off, and of the named sets"
-        " only article does",
+        help="of Fourier transforms (float64); float32 is faster, mel bands are up to 0.002 dB off, and of the sets"
+        " with a name only article does",
     )
 
     command.add_argument("--seed", type=SEED, default=0, help="of forests, folds and copies (%(default)s)")

@@ -440,7 +440,7 @@ def test_impossible_settings_are_named(changed: dict[str, Any], message: str) ->
         ({"precision": "float16"}, "precision is 'float16'; expected float64 or float32"),
         (
             {"precision": "float32"},
-            "feature set 'compact': precision is 'float32', too coarse for centroid, .*, contrast; expected float64, or",
+            "feature set 'compact': precision is 'float32', too coarse for centroid, .*, contrast; expected float64",
         ),
         (
             {"precision": "float32", "sets": (msgspec.structs.replace(ARTICLE, top_db=81.0),)},
