@@ -31,15 +31,17 @@ WORKDIR /data
 # everything compiled, so that a worker starts with machine code instead of ten seconds of compiling. Once more for
 # processors with AVX2, which nearly all have that are called x86-64: it takes a third off the time of a chunk.
 RUN earshot-trainer simulate /tmp/clips --clips 36 --seconds 1 \
+ && printf '[[sets]]\nkind = "frames"\nname = "%s"\nn_fft = %s\nwin_length = %s\nfamilies = ["mel", "mfcc", "delta"]\n' \
+      1024 1024 1024 2048 2048 2048 > /tmp/sets.toml \
  && for cpu in $NUMBA_CPU_NAME $(grep -qs avx2 /proc/cpuinfo && echo x86-64-v3); do \
       for label in label rpm; do \
         NUMBA_CPU_NAME=$cpu earshot-trainer fit /tmp/clips --label $label --out /tmp/bundle --trees 8 \
           --features article+compact+rich+pitch --no-cache --no-report || exit 1; \
       done; \
       NUMBA_CPU_NAME=$cpu earshot-trainer fit /tmp/clips --out /tmp/bundle --trees 8 \
-        --features article --precision float32 --no-cache --no-report || exit 1; \
+        --features /tmp/sets.toml --precision float32 --no-cache --no-report || exit 1; \
     done \
- && rm -r /tmp/clips /tmp/bundle
+ && rm -r /tmp/clips /tmp/bundle /tmp/sets.toml
 # Numba takes kept machine code only from a folder that can be written to, and without any such folder librosa cannot be
 # imported. Shared memory is one in every container: also if the root file system is read-only, and for any user.
 ENV NUMBA_CACHE_DIR=/dev/shm/numba

@@ -60,20 +60,20 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: fl
 
 @compiled
 def filtered(weights: Array, starts: Array, stops: Array, rows: Array) -> Array:
-    """Return the weighted sums of rows, shape (filters, frames), summed in the precision of the weights."""
-    n_frames = rows.shape[1]
-    sums = np.zeros((len(weights), n_frames), weights.dtype)
+    """Return the weighted sums of rows, shape (filters, columns), summed in the precision of the weights."""
+    n_columns = rows.shape[1]
+    sums = np.zeros((len(weights), n_columns), weights.dtype)
     for band in range(len(weights)):
         total, start, stop = sums[band], starts[band], stops[band]
         whole = start + (stop - start) // 4 * 4
         for k in range(start, whole, 4):  # four for each time that the sums are read and written
             a, b, c, d = weights[band, k], weights[band, k + 1], weights[band, k + 2], weights[band, k + 3]
             p, q, r, s = rows[k], rows[k + 1], rows[k + 2], rows[k + 3]
-            for t in range(n_frames):
+            for t in range(n_columns):
                 total[t] += a * p[t] + b * q[t] + (c * r[t] + d * s[t])
         for k in range(whole, stop):
             weight, row = weights[band, k], rows[k]
-            for t in range(n_frames):
+            for t in range(n_columns):
                 total[t] += weight * row[t]
     return sums
 

@@ -92,7 +92,7 @@ class Factors(NamedTuple):
         turns = np.arange(half) / half
         samples = np.arange(n_fft, dtype=np.uint64)
         return Factors(
-            (_hann(n_fft, win_length) / 2).astype(precision),
+            _hann(n_fft, win_length, precision) / 2,
             _circle(turns).astype(precision),
             _circle(turns / 2).astype(precision),
             order,
@@ -124,9 +124,9 @@ def powers(
     """
     n_frames = 1 + max(len(samples) + 2 * margin - n_fft, 0) // hop_length
     if n_fft & (n_fft - 1) or not SHORTEST <= n_fft <= LONGEST:
-        return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length).astype(precision))
+        return _by_library(samples, margin, n_frames, hop_length, _hann(n_fft, win_length, precision))
     factors = Factors.of(n_fft, win_length, hop_length, precision)
-    return _transform(n_fft // 2)(samples, margin, hop_length, n_frames, *factors)
+    return _transform(n_fft // 2, precision)(samples, margin, hop_length, n_frames, *factors)
 
 
 def _by_library(
@@ -150,11 +150,11 @@ def _columns_of(n_frames: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _hann(n_fft: int, win_length: int) -> Array:
+def _hann(n_fft: int, win_length: int, precision: Precision) -> Array:
     left = (n_fft - win_length) // 2
     window = np.zeros(n_fft)
     window[left : left + win_length] = scipy.signal.get_window("hann", win_length, fftbins=True)
-    return window
+    return window.astype(precision)
 
 
 def _circle(turns: Array) -> Array:
@@ -162,10 +162,10 @@ def _circle(turns: Array) -> Array:
 
 
 @lru_cache(maxsize=16)
-def _transform(half: int) -> Callable[..., Array]:
+def _transform(half: int, precision: Precision) -> Callable[..., Array]:
     """Return the transform of frames of 2 * half samples.
 
-    There is machine code for each length: only if the distance between the numbers of a stage is
+    There is machine code for each length and precision: only if the distance between the numbers of a stage is
     known does the compiler see that they do not overlap, and then it is more than three times as
     fast. It sees it in each of three functions, and no longer in one that has all their loops.
 
@@ -192,7 +192,7 @@ def _transform(half: int) -> Callable[..., Array]:
         columns = _columns(samples, margin, hop_length, n_columns)
         places = rows * np.uint64(n_columns) + shifts
         spectra = np.empty((half + 1) * filled, np.float32)
-        z = np.empty(4 * radix * apart * ROW, window.dtype)
+        z = np.empty(4 * radix * apart * ROW, window.dtype)  # of the precision that was asked for
         opening, ending = np.empty(4 * radix * ROW, window.dtype), np.empty(8 * LANES, np.float32)
         for first in range(0, filled, LANES):
             _begin(columns, places, first, window, twiddles, opening, z, radix, part, apart)
@@ -202,8 +202,8 @@ def _transform(half: int) -> Callable[..., Array]:
         whole[:, n_frames:] = 0.0
         return whole
 
-    # Each length has a place of its own in the cache: two processes that add to one at once can mix them up for good.
-    transform.__qualname__ += f"_{half}"
+    # Each has a place of its own in the cache: two processes that add to one at once can mix them up for good.
+    transform.__qualname__ += f"_{half}_{precision}"
     return compiled(transform)
 
 

@@ -4,9 +4,9 @@ This module owns every descriptor that follows from the short-time Fourier trans
 know how sound is cut into windows, or how the frames of a window become features.
 
 The numbers are librosa 0.11's (McFee et al. 2015), waveform by waveform, to a few roundings: frames
-are weighted and transformed in float64, their power is rounded to float32, and the clamp of
-``top_db`` is relative to the loudest band of that waveform. What librosa computes anew on each
-call (window, filterbank, band edges) is kept. Nothing here calls BLAS, and no operation spans two
+are weighted and transformed in float64 (unless float32 is asked for), their power is rounded to
+float32, and the clamp of ``top_db`` is relative to the loudest band of that waveform. What librosa
+computes anew on each call (window, filterbank, band edges) is kept. Nothing here calls BLAS, and no operation spans two
 waveforms, so no bit depends on what else is computed, or on a number of threads.
 """
 
@@ -288,15 +288,15 @@ def _to_db(power: Array, top_db: float | None) -> Array:
 @compiled
 def _scale_and_clamp(bels: Array, top_db: float) -> None:
     """Make decibels of bels, shape (bands, columns), in place; none is more than ``top_db`` below the loudest."""
-    n_bands, n_frames = bels.shape
-    loudest = np.full(n_frames, -np.inf, bels.dtype)  # of each frame, so that the compiler compares several at once
+    n_bands, n_columns = bels.shape
+    loudest = np.full(n_columns, -np.inf, bels.dtype)  # of each frame, so that the compiler compares several at once
     for band in range(n_bands):
-        for t in range(n_frames):
+        for t in range(n_columns):
             bels[band, t] *= 10.0
             loudest[t] = max(loudest[t], bels[band, t])
     quietest = loudest.max() - top_db
     for band in range(n_bands):
-        for t in range(n_frames):
+        for t in range(n_columns):
             bels[band, t] = max(bels[band, t], quietest)
 
 
@@ -331,27 +331,27 @@ def _shapes(magnitudes: Floats, frequencies: Array, share: np.float32) -> Array:
 
     The inner loops run over the frames, so that the compiler computes several at once.
     """
-    n_bins, n_frames = magnitudes.shape
-    total = np.zeros(n_frames)
-    below = np.zeros(n_frames, np.float32)  # librosa accumulates in the type of the magnitudes
-    shapes = np.zeros((3, n_frames))
+    n_bins, n_columns = magnitudes.shape
+    total = np.zeros(n_columns)
+    below = np.zeros(n_columns, np.float32)  # librosa accumulates in the type of the magnitudes
+    shapes = np.zeros((3, n_columns))
     centroid, bandwidth, rolloff = shapes[0], shapes[1], shapes[2]
     for k in range(n_bins):
-        for t in range(n_frames):
+        for t in range(n_columns):
             total[t] += magnitudes[k, t]
             below[t] += magnitudes[k, t]
             centroid[t] += frequencies[k] * magnitudes[k, t]
-    for t in range(n_frames):
+    for t in range(n_columns):
         total[t] = 1.0 if total[t] < TINY else total[t]
         centroid[t] /= total[t]
     enough = share * below
     below[:] = 0.0
     for k in range(n_bins):
-        for t in range(n_frames):
+        for t in range(n_columns):
             bandwidth[t] += (frequencies[k] - centroid[t]) ** 2 * magnitudes[k, t]
             rolloff[t] += below[t] < enough[t]
             below[t] += magnitudes[k, t]
-    for t in range(n_frames):
+    for t in range(n_columns):
         bandwidth[t] = np.sqrt(bandwidth[t] / total[t])
         rolloff[t] = frequencies[max(0, int(rolloff[t]) - 1)]
     return shapes
@@ -363,15 +363,15 @@ def _flatness(power: Floats, amin: np.float32) -> Array:
 
     A logarithm of a product of sixteen powers takes the time of one, and stays within float64.
     """
-    n_bins, n_frames = power.shape
-    arithmetic, logarithm, product = np.zeros(n_frames), np.zeros(n_frames), np.ones(n_frames)
+    n_bins, n_columns = power.shape
+    arithmetic, logarithm, product = np.zeros(n_columns), np.zeros(n_columns), np.ones(n_columns)
     for k in range(n_bins):
-        for t in range(n_frames):
+        for t in range(n_columns):
             floored = max(power[k, t], amin)
             arithmetic[t] += floored
             product[t] *= floored
         if k % 16 == 15 or k == n_bins - 1:
-            for t in range(n_frames):
+            for t in range(n_columns):
                 logarithm[t] += np.log(product[t])
                 product[t] = 1.0
     return np.exp(logarithm / n_bins) / (arithmetic / n_bins)

@@ -1,7 +1,7 @@
 """From a connection of Kafka's to responses and records, and back: what the client does slowly there, or not at all.
 
-It owns how bytes are received, kept, taken apart and put together, and why a connection was refused. It knows
-nothing of clients, their settings, or what is asked.
+It owns how bytes are waited for, received, kept, taken apart and put together, and why a connection was refused. It
+knows nothing of clients, their settings, or what is asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kafka import errors as kafka_errors
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector, Task
 from kafka.protocol import parser
-from kafka.protocol.schemas.fields.codecs.types import Bytes
+from kafka.protocol.consumer import FetchResponse
 from kafka.record import memory_records
 from kafka.record.default_records import (
     ControlRecord,
@@ -32,7 +32,7 @@ from kafka.record.default_records import (
 from kafka.record.util import decode_varint, encode_varint
 
 RECEIVE_BYTES: Final = 16 << 10  # read at once of what is not known yet; a response goes straight into its frame
-LARGE_FIELD: Final = 64 << 10  # bytes; nothing but records is as long
+MANY_RECORDS: Final = 64 << 10  # bytes of a partition that are worth to keep the frame of their response for
 GATHER_BYTES: Final = 512 << 10  # so much of a response may gather in the system before it is read
 
 LETS_GATHER: Final = sys.platform == "linux"
@@ -65,13 +65,10 @@ class Selector(NetworkSelector):  # type: ignore[misc]  # the client ships no ty
 
     def register_event(self, fileobj: Any, event: int, task: Any) -> None:
         """Have ``task`` go on when a file is ready for an event."""
-        if not isinstance(task, Task):
+        if not isinstance(task, Task) or fileobj.fileno() in iter(self._selector.get_map()):
             super().register_event(fileobj, event, task)
-            return
-        try:
+        else:
             self._selector.register(fileobj, event, (task, None) if event == selectors.EVENT_READ else (None, task))
-        except KeyError:  # another task waits for the same file
-            super().register_event(fileobj, event, task)
 
 
 class Connections(KafkaConnectionManager):  # type: ignore[misc]  # the client ships no types
@@ -115,7 +112,7 @@ class _Receiver:
         sock, frame = self._transport._sock, self._frame()  # noqa: SLF001 - there is no other way in
         received, error = _received(sock, frame)
         if LETS_GATHER and error is None and not isinstance(sock, ssl.SSLSocket):
-            self._gather(sock, 0 if frame is None else frame.missing - len(received))
+            self._gather(sock, 0 if frame is None else frame.missing)
         return received, error
 
     def _gather(self, sock: Any, missing: int) -> None:
@@ -222,16 +219,16 @@ class _Frame:
         return taken
 
 
-def _taken(field: memoryview) -> bytes | memoryview:
-    """Return a field of a response: a copy, or the view itself of one that can only hold records.
+def _taken(records: memoryview) -> bytes | memoryview:
+    """Return the records of a partition in a response, as a view if they are many.
 
-    Each of these is copied when it is read, and the client would copy all of them once more before.
+    Each of them is copied when it is read, and the client would copy all of them once more before.
     """
-    return field if len(field) >= LARGE_FIELD else bytes(field)
+    return records if len(records) >= MANY_RECORDS else bytes(records)
 
 
 def _taking(emit: Callable[..., None]) -> Callable[..., None]:
-    """Have ``bytes`` take a field in the code that the client writes for each kind of response."""
+    """Have ``bytes`` take records in the code that the client writes to decode a fetch, and in nothing else."""
 
     def emit_taking(context: Any, *args: Any, **settings: Any) -> None:
         context.globs["bytes"] = _taken
@@ -346,6 +343,7 @@ def _known(name: str) -> bytes:
 
 # The client has no settings for them.
 parser.KafkaBytes = _Frame
-Bytes.emit_decode_from = _taking(Bytes.emit_decode_from)
+_records: Final[Any] = FetchResponse.FetchableTopicResponse.PartitionData.fields["records"]
+_records.emit_decode_from = _taking(_records.emit_decode_from)
 memory_records.DefaultRecordBatch = _Batch
 memory_records.DefaultRecordBatchBuilder = _BatchBuilder

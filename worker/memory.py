@@ -14,8 +14,8 @@ M_MMAP_THRESHOLD: Final = -3
 M_ARENA_MAX: Final = -8
 
 LARGE: Final = 3 << 20
-"""Bytes from which a block is large: a full response to a fetch is; what it brings of one partition is not, and no
-scratch of a transform: their places are used again."""
+"""Bytes from which a block is large: a full response to a fetch is, and no scratch of a transform, whose place is used
+again."""
 
 
 def keep_memory_small() -> None:

@@ -89,7 +89,12 @@ def raw_signals(
 
     Returns:
         Shape (n, signals), in the order of `signal_names`.
+
+    Raises:
+        ValueError: there are not as many scores as rows of features.
     """
+    if len(features) != len(scores):
+        raise ValueError(f"{len(scores)} scores and {len(features)} rows of features; expected as many")
     n_told = 1 + scores.shape[1] if classifier else 2
     raw = np.empty((len(scores), n_told + len(watched) + (gains is not None)))
     fill = _fill_classified if classifier else _fill_measured

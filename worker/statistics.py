@@ -100,7 +100,8 @@ class FrameExtractor:
         rows = np.concatenate([frames[family] for family in self._spec.families])
         if self._spec.trim_db is not None:
             kept = frames.rms >= frames.rms.max() * 10 ** (-self._spec.trim_db / 20)
-            rows = rows if kept.all() else rows.compress(kept, axis=1)
+            # Of sound that is not finite none is, and then there is nothing to choose.
+            rows = rows if kept.all() or not kept.any() else rows.compress(kept, axis=1)
         ordered = np.sort(rows, axis=-1) if self._quantiles.size else rows
         return _summarize(rows, ordered, self._quantiles)[:, self._columns].ravel()
 

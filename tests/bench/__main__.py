@@ -30,11 +30,11 @@ from worker.features import feature_spec  # noqa: E402
 PARTS = ("features", "forest", "decode", "drift", "pipeline", "kafka", "start")
 MODELS = {
     **{name: feature_spec(name) for name in ("article", "compact", "rich")},
-    "article in float32": feature_spec("article", precision="float32"),
+    hotpath.IN_FLOAT32: feature_spec("article", precision="float32"),
 }
 NEEDED = {
     "drift": ("article",),
-    "pipeline": ("article", "article in float32", "compact"),
+    "pipeline": ("article", hotpath.IN_FLOAT32, "compact"),
     "kafka": tuple(MODELS),
     "start": ("article", "rich"),
 }

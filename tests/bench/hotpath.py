@@ -35,6 +35,9 @@ from worker.states import Retention
 RATE: Final = peers.RATE
 BATCHES: Final = (1, 32)
 TOPICS: Final = Topics()
+IN_FLOAT32: Final = "article in float32"
+"""What the model is called that transforms so."""
+
 BATCHED: Final = "… one predict_proba a batch"
 
 Featurize = Callable[[NDArray[Any]], NDArray[Any]]
@@ -71,7 +74,7 @@ def records(chunks: Sequence[bytes], first: int = 0) -> list[Record]:
 
 
 def pipeline(bundles: Mapping[str, Bundle], folder: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
-    """Yield WAV bytes to probabilities, in batches; all of Earshot, drift and JSON included; and the default set."""
+    """Yield WAV bytes to probabilities, in batches; all of Earshot, drift and JSON included; in float32; by default."""
     forest = joblib.load(folder / FOREST)
     hearing = {name: Hearing(each, audio.Limits()) for name, each in bundles.items()}
     whole = Pipeline(bundles["article"], TOPICS, audio.Limits(), DriftPolicy(), Retention())
@@ -88,7 +91,7 @@ def pipeline(bundles: Mapping[str, Bundle], folder: Path, chunks: Sequence[bytes
             "kaldi-native-fbank, onnxruntime": partial(_through, onnx, _kaldi, batch),
             "Earshot, bytes to probabilities": partial(_hear, hearing["article"], arrived),
             "Earshot, with drift and JSON": partial(whole.run, states, arrived),
-            "Earshot, transforms in float32": partial(_hear, hearing["article in float32"], arrived),
+            "Earshot, transforms in float32": partial(_hear, hearing[IN_FLOAT32], arrived),
             "Earshot, compact (the default)": partial(_hear, hearing["compact"], arrived),
         }
         yield from by_turns(f"pipeline, batches of {size}", contestants, items=size, seconds=8, second=BATCHED)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from tests import apache_kafka
 from tests.apache_kafka import ApacheKafka
 from tests.bench import streams
+from tests.bench.hotpath import IN_FLOAT32
 from tests.bench.measure import Row
 from tests.bench.streams import PARTITIONS
 from tests.system import cluster
@@ -80,7 +81,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
             "FastStream, Earshot's functions": apart("faststream_app", SLOW_RECORDS, article, "fast"),
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
-            "Earshot, transforms in float32": earshot(model="article in float32"),
+            "Earshot, transforms in float32": earshot(model=IN_FLOAT32),
             "Earshot, two processes": earshot("--processes", "2"),
             "Earshot, compact, the default": earshot(model="compact"),
             "Earshot, compact, two processes": earshot("--processes", "2", model="compact"),

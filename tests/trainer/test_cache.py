@@ -83,6 +83,7 @@ class TestKeys:
             {"window_hop_seconds": 0.25},
             {"level_dbfs": -23.0},
             {"sets": feature_spec("article").sets},
+            {"sets": feature_spec("article").sets, "precision": "float32"},
             {"sets": (msgspec.structs.replace(FeatureSpec().sets[0], fmin=20.0),)},
         ],
     )

@@ -142,15 +142,19 @@ class TestCommands:
         """What is typed is what the manifest says, and with what the forest was grown."""
         out = tmp_path / "out"
         forest = ["--forest", "extra-trees", "--max-depth", "3", "--max-features", "0.5", "--min-samples-leaf", "2"]
-        options = [*QUICK, *forest, "--class-weight", "balanced", "--features", "article", "--level", "-23"]
+        features = ["--features", "article", "--level", "-23", "--precision", "float32"]
+        options = [*QUICK, *forest, "--class-weight", "balanced", *features]
         assert 0 == main(["fit", str(tones), "--out", str(out), *options, "--folds", "3"])
         model = bundle.load(out)
         expected = {"kind": "extra-trees", "n_estimators": 5, "max_depth": 3, "max_features": 0.5}
         expected |= {"min_samples_leaf": 2, "min_samples_split": 2, "class_weight": "balanced"}
         assert expected == model.manifest.forest
-        assert (("article",), -23.0) == (
-            tuple(each.name for each in model.manifest.spec.sets),
-            model.featurizer.spec.level_dbfs,
+        spec = model.featurizer.spec
+        assert spec == model.manifest.spec
+        assert (("article",), -23.0, "float32") == (
+            tuple(each.name for each in spec.sets),
+            spec.level_dbfs,
+            spec.precision,
         )
         assert "level.gain" == model.profile.names[-1]
         assert {"folds": 3, "group": None} == model.manifest.validation
@@ -329,6 +333,7 @@ class TestRefusals:
             (["{data}", "--out", "{out}", "--sample-rate", "1000000"], "n_mels is 40"),
             (["{data}", "--out", "{out}", "--features", "compact+loud"], "there is no feature set 'loud'; expected"),
             (["{data}", "--out", "{out}", "--level", "3"], "level_dbfs is 3.0; expected"),
+            (["{data}", "--out", "{out}", "--precision", "float32"], "such as article"),
             (["{data}", "--out", "{out}", "--augment", "volume=3"], "volume"),
             (["{data}", "--out", "{out}", "--group", "machine"], "has no manifest"),
         ],

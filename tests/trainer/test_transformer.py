@@ -64,6 +64,15 @@ class TestRows:
         featurizer = Featurizer(feature_spec("article", window_seconds=0.3, window_hop_seconds=0.3))
         np.testing.assert_array_equal(featurizer.transform(rows), found)
 
+    def test_transforms_in_float32(self, tones: tuple[np.ndarray, np.ndarray]) -> None:
+        """They are what the trainer's are; another precision is refused."""
+        rows, _ = tones
+        found = AudioFeatures("article", window_seconds=None, precision="float32").fit_transform(rows)
+        spec = feature_spec("article", window_seconds=0.3, window_hop_seconds=0.3, precision="float32")
+        np.testing.assert_array_equal(Featurizer(spec).transform(rows), found)
+        with pytest.raises(ValueError, match="precision is 'float16'; expected float64 or float32"):
+            AudioFeatures("article", precision="float16").fit(rows)  # type: ignore[arg-type]  # as one may
+
     def test_a_row_shorter_than_a_window_is_filled_up(self, tones: tuple[np.ndarray, np.ndarray]) -> None:
         """With zeros at its end, as a record is."""
         rows, _ = tones

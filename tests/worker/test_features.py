@@ -17,6 +17,7 @@ import soundfile
 import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import event
 from sklearn.ensemble import RandomForestClassifier
 
 from worker import audio
@@ -355,6 +356,17 @@ def test_the_layout_of_memory_changes_nothing() -> None:
     expected = featurizer.transform(batch).tobytes()
     assert expected == featurizer.transform(np.asfortranarray(batch)).tobytes()
     assert expected == featurizer.transform(np.repeat(batch, 2, axis=1)[:, ::2]).tobytes()
+
+
+def test_what_can_only_be_read_compiles_nothing() -> None:
+    """As memory that is mapped from a file: for numba it is of another type, which would take seconds."""
+    featurizer = FEATURIZERS["uncentred"]
+    batch = noise(2 * 8000).reshape(2, 8000)
+    expected = featurizer.transform(batch).tobytes()
+    batch.setflags(write=False)
+    with event.install_recorder("numba:compile") as compiled:
+        assert expected == featurizer.transform(batch).tobytes()
+    assert not compiled.buffer
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import pytest
 import scipy.fft
 import scipy.signal
 
-from worker.fourier import LANES, LONGEST, _transform, powers
+from worker.fourier import LANES, LONGEST, Precision, _transform, powers
 
 Array = npt.NDArray[Any]
 
@@ -105,10 +105,11 @@ def test_extremes_stay_finite(level: float) -> None:
     np.testing.assert_allclose(found, expected(padded, 2048, 512, 2048), rtol=1e-6, atol=1e-16)
 
 
-def test_each_length_is_kept_apart() -> None:
-    """No two lengths share a name in the cache of machine code, where one could be taken for the other."""
-    lengths = 4, 8, 16
-    assert len(lengths) == len({_transform(half).__qualname__ for half in lengths})
+def test_each_length_and_precision_is_kept_apart() -> None:
+    """No two of them share a name in the cache of machine code, where one could be taken for the other."""
+    lengths, precisions = (4, 8, 16), get_args(Precision)
+    named = {_transform(half, precision).__qualname__ for half in lengths for precision in precisions}
+    assert len(lengths) * len(precisions) == len(named)
 
 
 TWICE = """

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from kafka.errors import CorruptRecordError, KafkaConnectionError
 from kafka.protocol import parser
 from kafka.protocol.consumer import FetchResponse
+from kafka.protocol.consumer.group import SyncGroupResponse
+from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
 from kafka.protocol.frame import KafkaBytes
 from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from worker import kafka_wire
-from worker.kafka_wire import LARGE_FIELD, Selector, _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
+from worker.kafka_wire import MANY_RECORDS, Selector, _Batch, _BatchBuilder, _Frame, _known, _received, _Receiver
 
 Pair = tuple[socket.socket, socket.socket]
 PATIENCE = 10.0  # seconds to wait for what must come
@@ -144,9 +146,20 @@ class TestSelector:
                 pair[1].sendall(each)
                 self.poll_until(selector, lambda: heard[-1:] == [each])  # noqa: B023 - it is called at once
 
+    def test_a_task_waits_to_write(self, pair: Pair, selector: Selector) -> None:
+        """Alone, it is woken as well."""
+        done: list[bool] = []
+
+        async def write() -> None:
+            await selector.wait_write(pair[0])
+            done.append(True)
+
+        selector.call_soon(write)
+        self.poll_until(selector, lambda: done == [True])
+
     def test_two_tasks_wait_for_one_socket(self, pair: Pair, selector: Selector) -> None:
         """One to read, and one to write."""
-        here, there = pair
+        here, there = self.Undescribed(fileno=pair[0].detach()), pair[1]
         done: list[bytes] = []
 
         async def read() -> None:
@@ -157,12 +170,13 @@ class TestSelector:
             await selector.wait_write(here)
             done.append(b"written")
 
-        selector.call_soon(read)
-        selector.poll(timeout_ms=0)
-        selector.call_soon(write)
-        self.poll_until(selector, lambda: done == [b"written"])
-        there.sendall(b"a")
-        self.poll_until(selector, lambda: done == [b"written", b"a"])
+        with here:
+            selector.call_soon(read)
+            selector.poll(timeout_ms=0)
+            selector.call_soon(write)
+            self.poll_until(selector, lambda: done == [b"written"])
+            there.sendall(b"a")
+            self.poll_until(selector, lambda: done == [b"written", b"a"])
 
     @staticmethod
     def poll_until(selector: Selector, condition: Callable[[], bool]) -> None:
@@ -256,7 +270,7 @@ class TestFrame:
 
     def test_many_records_are_not_copied_when_their_response_is_decoded(self) -> None:
         """They are a view of the frame; what is small is copied, and so keeps no frame."""
-        many, few = bytes(LARGE_FIELD), b"few"
+        many, few = bytes(MANY_RECORDS), b"few"
         topic = FetchResponse.FetchableTopicResponse
         partitions = [
             topic.PartitionData(
@@ -286,6 +300,31 @@ class TestFrame:
 
         assert [many, few, None] == found
         assert [memoryview, bytes, type(None)] == [type(each) for each in found]
+
+    def test_what_is_large_and_no_records_is_decoded_as_ever(self) -> None:
+        """As the share of a member that has very many partitions, which the client decodes once more."""
+        share = ConsumerProtocolAssignment(
+            assigned_partitions=[
+                ConsumerProtocolAssignment.TopicPartition(topic="audio.in", partitions=list(range(MANY_RECORDS // 2)))
+            ],
+            user_data=None,
+            version=1,
+        )
+        sent = SyncGroupResponse(
+            throttle_time_ms=0,
+            error_code=0,
+            protocol_type="consumer",
+            protocol_name="sticky",
+            assignment=share.encode(),
+            version=5,
+        ).encode()
+        frame = _Frame(len(sent))
+        frame.write(sent)
+        frame.seek(0)
+
+        found = ConsumerProtocolAssignment.decode(SyncGroupResponse[5].decode(frame).assignment)
+
+        assert MANY_RECORDS // 2 == len(found.assigned_partitions[0].partitions)
 
     def test_the_rest_is_not_copied(self) -> None:
         """What is decoded is a view, which is what frames of our own are for."""

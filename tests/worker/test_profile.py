@@ -64,6 +64,11 @@ class TestRawSignals:
 
 
 class TestProfile:
+    def test_scores_of_other_records(self) -> None:
+        """They are refused: compiled code would read what stands behind the features."""
+        with pytest.raises(ValueError, match="2 scores and 1 rows of features"):
+            raw_signals(np.array([[0.5, 0.5], [0.5, 0.5]]), FEATURES[:1], [0], classifier=True)
+
     def test_standardise(self) -> None:
         """Each column is counted in its own spreads from its own mean."""
         profile = ReferenceProfile((Signal("value", 10.0, 2.0), Signal("spread", -1.0, 0.5)))

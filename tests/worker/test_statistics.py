@@ -101,6 +101,14 @@ def test_only_loud_frames_count() -> None:
     assert trimmed[1] > 0.01
 
 
+def test_sound_that_is_not_finite_has_statistics_that_are_not() -> None:
+    """No frame is as loud as any other then; all of them are taken, and no memory that is somebody else's."""
+    spec = FrameStatistics(name="rms", families=("rms",), statistics=("mean", "max"), trim_db=60.0)
+    broken = noise(RATE)
+    broken[100] = np.nan
+    assert np.isnan(Featurizer(FeatureSpec(sets=(spec,))).transform(broken[np.newaxis])).all()
+
+
 def test_one_frame_has_no_spread_and_no_change() -> None:
     """A window of a single frame has finite statistics."""
     spec = FrameStatistics(
