@@ -203,9 +203,9 @@ def test_a_refusal_is_read_when_the_end_of_the_connection_comes_with_it(
     """The server hangs up once it has answered, and who looks a moment later finds both."""
     receive = kafka_wire._received
 
-    def look_late(sock: Any) -> Any:
+    def look_late(*arguments: Any) -> Any:
         time.sleep(0.1)  # as long as a busy process may take
-        return receive(sock)
+        return receive(*arguments)
 
     monkeypatch.setattr(kafka_wire, "_received", look_late)
     monkeypatch.setenv("EARSHOT_KAFKA_SASL_PASSWORD", "wrong-secret")
