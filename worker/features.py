@@ -263,7 +263,7 @@ class Featurizer:
 def _audible(window: Waveform) -> Floats:
     """Return a window that is clipped to `LIMIT`; it may be the one that was given."""
     samples = as_float32(window)
-    if not samples.flags.carray:  # nor if it can only be read: what is compiled is compiled for what can be written
+    if not samples.flags.carray:  # for any other layout, and for what can only be read, all would be compiled once more
         samples = samples.copy()
     return samples if _peak_bits(samples) <= LIMIT_BITS else samples.clip(-LIMIT, LIMIT)  # NaN stays
 

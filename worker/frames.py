@@ -39,7 +39,7 @@ CONTRAST_BANDS: Final = 6  # octaves above CONTRAST_FMIN, as far as they start b
 CONTRAST_QUANTILE: Final = 0.02  # the share of a band's bins that make its peak and its valley
 CONTRAST_TOP_DB: Final = 80.0
 
-FLOAT32_DB: Final = 80.0  # so far under the loudest frequency, a transform in float32 is a millibel off at most
+FLOAT32_DB: Final = 80.0  # so far under the loudest band, one of a transform in float32 is 0.002 dB off at most
 
 # Least-squares slope and curvature over nine frames (Savitzky and Golay 1964, orders 1 and 2).
 _STEPS = np.arange(-4, 5)

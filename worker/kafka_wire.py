@@ -212,7 +212,7 @@ class _Frame:
         self._at += len(data)
 
     def read(self, size: int | None = None) -> bytes | memoryview:
-        """Return so many bytes, or a view of all that are left: what is decoded of them is copied in any case."""
+        """Return so many bytes, or a view of all that are left: what is decoded of it is copied, or keeps the frame."""
         rest = self._bytes[self._at :]
         taken = rest if size is None else bytes(rest[:size])
         self._at += len(taken)
