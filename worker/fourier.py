@@ -112,7 +112,7 @@ def powers(
     """Return the squared magnitude of the transform of each frame as float32, shape (n_fft / 2 + 1, columns).
 
     The frames are the first columns. Silence follows, up to a multiple of `LANES`: a loop over such rows has no rest
-    that the compiler takes one by one, which would be half of its time.
+    that the compiler takes one by one; of 63 frames that was up to half of its time.
 
     Args:
         samples: shape (samples,).
