@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -92,10 +92,10 @@ def listen(
             missing.setdefault(clip, []).append(index)
     done = len(tasks) - sum(map(len, missing.values()))
     on_progress(stage, done, len(tasks))
-    calls = (joblib.delayed(_listen)(clip, [tasks[index][1] for index in indices]) for clip, indices in missing.items())
-    parallel = joblib.Parallel(n_jobs=jobs if len(tasks) - done >= FEWEST else 1, return_as="generator")
+    calls = [(clip, [tasks[index][1] for index in indices]) for clip, indices in missing.items()]
+    jobs = jobs if len(tasks) - done >= FEWEST else 1
     try:
-        for indices, several in zip(missing.values(), parallel(calls), strict=True):
+        for indices, several in zip(missing.values(), _spread(calls, jobs), strict=True):
             for index, one in zip(indices, several, strict=True):
                 results[index] = one
                 if cache is not None and not isinstance(one, Skipped):
@@ -135,6 +135,16 @@ def read_clip(clip: Clip, sample_rate: int) -> NDArray[np.float32]:
 def fingerprint(sound: Sound) -> str:
     """Return a hash of a sound's samples and rate: equal for equal sound, in whatever container it was."""
     return hashlib.sha256(sound.sample_rate.to_bytes(4, "little") + sound.samples.tobytes()).hexdigest()
+
+
+def _spread(calls: Sequence[tuple[Clip, list[Work[Found]]]], jobs: int) -> Iterator[list[Found | Skipped]]:
+    """Do the work on the first clip here, and on the others in processes.
+
+    What Numba compiles for the first is kept on disk: on a new machine each process would compile all of it
+    otherwise, and grow by so much that joblib takes it for a leak, ends the process and warns of it.
+    """
+    yield from (_listen(*call) for call in calls[:1])
+    yield from joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(_listen)(*call) for call in calls[1:])
 
 
 def _listen(clip: Clip, works: Sequence[Work[Found]]) -> list[Found | Skipped]:
