@@ -70,15 +70,6 @@ class Shift(msgspec.Struct, frozen=True):
     since_time: int
 
 
-class _Block(msgspec.Struct, frozen=True):
-    """A finished block: its number, where and when it began, and the mean of each signal (NaN: none)."""
-
-    number: int
-    offset: int
-    time: int
-    means: NDArray[np.float32]
-
-
 class _Saved(msgspec.Struct, frozen=True, array_like=True):
     """The layout of a value of drift.state, in MessagePack. A change of it is a new STATE_VERSION."""
 
@@ -124,7 +115,10 @@ class SourceState:
         self._counts = np.zeros(size, np.int64)
         self._offset = 0
         self._time = 0
-        self._blocks: list[_Block] = []
+        # The finished blocks that are remembered: where and when each began, and the means of its signals (NaN: none).
+        self._block_offsets: list[int] = []
+        self._block_times: list[int] = []
+        self._block_means = np.empty((0, size), np.float32)
         self._next_block = 0
         self._starts = [0] * size
         self._suspects: dict[int, int] = {}  # signal -> the block at which its detector fired
@@ -159,28 +153,30 @@ class SourceState:
     def _close_block(self) -> Shift | None:
         means = np.full(len(self._names), np.nan, np.float32)
         np.divide(self._sums, self._counts, out=means, where=self._counts > 0, casting="same_kind")
-        block = _Block(self._next_block, self._offset, self._time, means)
+        self._block_offsets.append(self._offset)
+        self._block_times.append(self._time)
+        self._block_means = np.vstack((self._block_means, means))
+        number = self._next_block
         self._next_block += 1
         self._seconds = 0.0
         self._sums[:] = 0
         self._counts[:] = 0
-        self._blocks.append(block)
-        fired = self._feed(block)
-        if len(self._blocks) >= MAX_BLOCKS:
+        fired = self._feed(number, means)
+        if len(self._block_means) >= MAX_BLOCKS:
             fired |= self._forget()
-        return self._judge(fired, block.number)
+        return self._judge(fired, number)
 
-    def _feed(self, block: _Block) -> set[int]:
+    def _feed(self, number: int, means: NDArray[np.float32]) -> set[int]:
         """Show a block to the detectors and return those that fired."""
         fired = set()
-        for index, mean in enumerate(block.means.tolist()):
-            if block.number < self._starts[index] or not np.isfinite(mean):
+        for index, mean in enumerate(means.tolist()):
+            if number < self._starts[index] or not np.isfinite(mean):
                 continue
             detector = self._detectors[index]
             detector.update(mean)
             if detector.drift_detected:
                 # ADWIN starts over, empty, at its next update.
-                self._starts[index] = block.number + 1
+                self._starts[index] = number + 1
                 fired.add(index)
         return fired
 
@@ -203,9 +199,9 @@ class SourceState:
         return self._conclude()
 
     def _conclude(self) -> Shift:
-        blocks = [block for block in self._blocks if block.number >= self._baseline]
+        first = max(0, self._baseline - self._oldest_block)
         suspects = sorted(self._suspects)
-        split, before, after = _change_point(np.array([block.means[suspects] for block in blocks], np.float64))
+        split, before, after = _change_point(self._block_means[first:, suspects].astype(np.float64))
         shifts = [
             SignalShift(self._names[suspect], round(float(was), 4), round(float(now), 4))
             for suspect, was, now in zip(suspects, before, after, strict=True)
@@ -216,20 +212,27 @@ class SourceState:
         self._baseline = self._next_block
         self._starts = [self._next_block] * len(self._names)
         self._detectors = [self._detector() for _ in self._names]
-        return Shift(tuple(shifts), blocks[split].offset, blocks[split].time)
+        return Shift(tuple(shifts), self._block_offsets[first + split], self._block_times[first + split])
 
     def _forget(self) -> set[int]:
         """Drop the older half of the blocks and return the detectors that fire without it.
 
         One may: an outlier among the forgotten blocks can have hidden a shift among the others.
         """
-        self._blocks = self._blocks[MAX_BLOCKS // 2 :]
+        half = MAX_BLOCKS // 2
+        del self._block_offsets[:half], self._block_times[:half]
+        self._block_means = self._block_means[half:].copy()
         return self._replay()
 
     def _replay(self) -> set[int]:
         """Show the blocks to new detectors; those of a restored state cannot fire, since they did not before."""
         self._detectors = [self._detector() for _ in self._names]
-        return {index for block in self._blocks for index in self._feed(block)}
+        blocks = enumerate(self._block_means, self._oldest_block)
+        return {index for number, means in blocks for index in self._feed(number, means)}
+
+    @property
+    def _oldest_block(self) -> int:
+        return self._next_block - len(self._block_means)
 
     def _detector(self) -> ADWIN:
         return ADWIN(delta=self._policy.delta, clock=1, min_window_length=MIN_WINDOW, grace_period=GRACE_PERIOD)
@@ -246,9 +249,9 @@ class SourceState:
                 offset=self._offset,
                 time=self._time,
                 next_block=self._next_block,
-                block_offsets=[block.offset for block in self._blocks],
-                block_times=[block.time for block in self._blocks],
-                block_means=np.array([block.means for block in self._blocks], "<f4").tobytes(),
+                block_offsets=self._block_offsets,
+                block_times=self._block_times,
+                block_means=self._block_means.astype("<f4", copy=False).tobytes(),
                 starts=self._starts,
                 suspects=self._suspects,
                 baseline=self._baseline,
@@ -282,15 +285,16 @@ class SourceState:
         try:
             self._sums = np.frombuffer(saved.sums, "<f8").astype(np.float64).reshape(size)
             self._counts = np.frombuffer(saved.counts, "<i8").astype(np.int64).reshape(size)
-            means = np.frombuffer(saved.block_means, "<f4").astype(np.float32).reshape(len(saved.block_times), size)
-            first = saved.next_block - len(means)
-            entries = zip(saved.block_offsets, saved.block_times, means, strict=True)
-            self._blocks = [_Block(first + i, *entry) for i, entry in enumerate(entries)]
+            shape = len(saved.block_times), size
+            self._block_means = np.frombuffer(saved.block_means, "<f4").astype(np.float32).reshape(shape)
+            if len(saved.block_offsets) != len(saved.block_times):
+                raise ValueError(f"{len(saved.block_offsets)} offsets of {len(saved.block_times)} blocks")
             if len(saved.starts) != size or not saved.suspects.keys() <= set(range(size)):
                 raise ValueError(f"{len(saved.starts)} starts, suspects {sorted(saved.suspects)}")
         except ValueError as error:
             raise Fatal(f"drift state does not hold {size} signals: {error}") from error
         self._seconds, self._offset, self._time = saved.seconds, saved.offset, saved.time
+        self._block_offsets, self._block_times = saved.block_offsets, saved.block_times
         self._next_block, self._starts = saved.next_block, saved.starts
         self._suspects, self._baseline, self._last_fired = saved.suspects, saved.baseline, saved.last_fired
         self.heard = saved.heard
