@@ -16,24 +16,34 @@ from msgspec.structs import replace
 
 from tests import apache_kafka
 from tests.apache_kafka import ApacheKafka
-from tests.bench import streams
+from tests.bench import hotpath, streams
 from tests.bench.hotpath import IN_FLOAT32
 from tests.bench.measure import Row
 from tests.bench.streams import PARTITIONS
 from tests.system import cluster
 from tests.system.processes import BIN, run, wait_for
+from worker import bundle
+from worker.audio import Limits
 from worker.broker_sqlite import SqliteBroker
 from worker.config import Config
+from worker.drift import DriftPolicy
 from worker.messages import Message, Topics
+from worker.pipeline import Pipeline
+from worker.states import Retention
 
 RECORDS: Final = 20_000
 SLOW_RECORDS: Final = 4_000  # for FastStream, which would take minutes for all
 SLOWEST_RECORDS: Final = 800  # for the article's code
 ROUNDS: Final = 3
 SOURCES: Final = 8
+MANY_SOURCES: Final = 400
+HISTORY: Final = 1_270
+"""Chunks of a second that each of many microphones has been heard for: its saved state is as large as one becomes."""
+
 COMPARED: Final = {
     "Earshot, exactly once": "kafka-python alone, exactly once",
     "Earshot, transforms in float32": "kafka-python alone, exactly once",
+    f"Earshot, {MANY_SOURCES} microphones": "Earshot, exactly once",
     "Earshot, two processes": "Earshot, exactly once",
     "Earshot, compact, two processes": "Earshot, compact, the default",
     "Earshot, rich, two processes": "Earshot, rich",
@@ -62,10 +72,12 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
 
             return one
 
-        def earshot(*options: str, model: str = "article") -> Callable[[str], float]:
+        def earshot(*options: str, model: str = "article", sources: int = SOURCES) -> Callable[[str], float]:
             def one(name: str) -> float:
                 topics = streams.earshot_topics(at, f"{name}.")
-                cluster.publish(at, topics.audio_in, _messages(chunks, RECORDS))
+                cluster.publish(at, topics.audio_in, _messages(chunks, RECORDS, sources))
+                if sources > SOURCES:
+                    cluster.publish(at, topics.drift_state, _states(work / model, chunks, sources))
                 command = streams.earshot(at, f"{name}.", work / model, *options)
                 rate = streams.throughput(at, command, topics.predictions_out, RECORDS, work / f"{name}.log")
                 streams.delete(at, topics.audio_in)
@@ -82,6 +94,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
             "kafka-python alone, exactly once": apart("floor", RECORDS, batch, answer),
             "Earshot, exactly once": earshot(),
             "Earshot, transforms in float32": earshot(model=IN_FLOAT32),
+            f"Earshot, {MANY_SOURCES} microphones": earshot(sources=MANY_SOURCES),
             "Earshot, two processes": earshot("--processes", "2"),
             "Earshot, compact, the default": earshot(model="compact"),
             "Earshot, compact, two processes": earshot("--processes", "2", model="compact"),
@@ -159,10 +172,18 @@ def _worker(model: Path) -> list[str]:
     return [str(BIN / "earshot-worker"), "run", "--model", str(model), "--log-level", "error"]
 
 
-def _messages(chunks: Sequence[bytes], count: int) -> list[Message]:
-    """Return chunks of `SOURCES` microphones, over and over, spread evenly over the partitions."""
+def _messages(chunks: Sequence[bytes], count: int, sources: int = SOURCES) -> list[Message]:
+    """Return chunks of so many microphones, over and over, spread evenly over the partitions."""
     headers = (("content-type", b"audio/wav"),)
     return [
-        Message("", f"mic-{number % SOURCES}".encode(), chunk, headers, number % PARTITIONS)
+        Message("", f"mic-{number % sources}".encode(), chunk, headers, number % PARTITIONS)
         for number, chunk in enumerate(islice(cycle(chunks), count))
     ]
+
+
+def _states(model: Path, chunks: Sequence[bytes], sources: int) -> list[Message]:
+    """Return what ``drift.state`` says of so many microphones that have been heard for a while."""
+    pipeline = Pipeline(bundle.load(model), Topics(), Limits(), DriftPolicy(), Retention())
+    outputs = pipeline.run({}, hotpath.records(list(islice(cycle(chunks), HISTORY)))).outputs
+    (state,) = (message.value for message in outputs if message.topic == Topics().drift_state)
+    return [Message("", f"mic-{number}".encode(), state, partition=number % PARTITIONS) for number in range(sources)]
