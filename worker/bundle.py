@@ -259,6 +259,8 @@ def load(path: Path | str) -> Bundle:
             its golden clips; the text says what differs.
     """
     path = Path(path)
+    if not path.exists():
+        raise BadModel(f"there is no model bundle at {path}; `earshot-trainer fit` writes one")
     if not (path / MANIFEST).is_file():
         raise BadModel(f"{path} is no model bundle: it has no {MANIFEST}; `earshot-trainer fit` writes one")
     manifest = _manifest(path)

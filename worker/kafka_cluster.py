@@ -412,4 +412,5 @@ def _has_open(state: Any, producer_id: int) -> bool:
 def _require_all(found: Mapping[str, int], topics: Sequence[str]) -> None:
     missing = [topic for topic in topics if topic not in found]
     if missing:
-        raise Fatal(f"there is no topic {', '.join(map(repr, missing))}: create it with `earshot-worker topics`")
+        named = " and no topic ".join(map(repr, missing))
+        raise Fatal(f"there is no topic {named}; create the topics with `earshot-worker topics`")

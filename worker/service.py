@@ -131,10 +131,11 @@ class Service:
         """Say that partitions are ours and cannot be served yet, or that they can; return them."""
         if unplaced:
             self._pulse.unready(f"the broker does not tell yet where to go on in partitions {sorted(unplaced)}")
+            if unplaced != before:
+                self._log.info("waiting_for_offsets", partitions=sorted(unplaced))
         elif before:
             self._pulse.ready()
-        if unplaced != before:
-            self._log.info("waiting_for_offsets", partitions=sorted(unplaced))
+            self._log.info("offsets_known", partitions=sorted(before))
         return unplaced
 
     def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:

@@ -150,7 +150,7 @@ class TestServing:
         """No model is a setting to give (1); a folder that is no bundle is a model to refuse (3)."""
         assert "no model is given: --model FOLDER" in refusal(["run"], capsys)
         assert "is no model bundle: it has no manifest.json" in refusal(["run", "--model", str(tmp_path)], capsys, 3)
-        assert "nowhere is no model bundle" in refusal(["run", "--model", "nowhere"], capsys, 3)
+        assert "there is no model bundle at nowhere" in refusal(["run", "--model", "nowhere"], capsys, 3)
 
     @pytest.mark.parametrize(
         ("settings", "shortest"),

@@ -529,8 +529,8 @@ class TestWaiting:
         assert [False, False, False, False, True] == [ready for ready, _ in seen]
         assert all("[0, 3]" in why for _, why in seen[1:3])
         assert "[3]" in seen[3][1]
-        waits = [each["partitions"] for each in logs if each["event"] == "waiting_for_offsets"]
-        assert [[0, 3], [3], []] == waits
+        said = [(each["event"], each["partitions"]) for each in logs if "offsets" in each["event"]]
+        assert [("waiting_for_offsets", [0, 3]), ("waiting_for_offsets", [3]), ("offsets_known", [3])] == said
 
     def test_is_no_progress(self) -> None:
         """However long it waits, that does not end the outage."""
