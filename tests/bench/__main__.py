@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 
 import msgspec  # noqa: E402
 
-from tests.bench import hotpath, workers  # noqa: E402
+from tests.bench import hotpath, roundtrip, workers  # noqa: E402
 from tests.bench.measure import Row  # noqa: E402
 from trainer.dataset import load  # noqa: E402
 from trainer.simulate import simulate  # noqa: E402
@@ -27,7 +27,7 @@ from trainer.training import fit  # noqa: E402
 from worker import bundle  # noqa: E402
 from worker.features import feature_spec  # noqa: E402
 
-PARTS = ("features", "forest", "decode", "drift", "pipeline", "kafka", "start")
+PARTS = ("features", "forest", "decode", "drift", "pipeline", "broker", "kafka", "start")
 MODELS = {
     **{name: feature_spec(name) for name in ("article", "compact", "rich")},
     hotpath.IN_FLOAT32: feature_spec("article", precision="float32"),
@@ -83,6 +83,8 @@ def measured(parts: Iterable[str], work: Path) -> Iterator[Row]:
     if "pipeline" in parts:
         bundles = {name: bundle.load(work / name) for name in NEEDED["pipeline"]}
         yield from hotpath.pipeline(bundles, work / "article", chunks)
+    if "broker" in parts:
+        yield from roundtrip.on_brokers(work, chunks[0])
     if "kafka" in parts:
         yield from workers.on_kafka(work, chunks)
     if "start" in parts:
