@@ -41,11 +41,15 @@ class EarshotError(Exception):
 
 
 class BadRecord(EarshotError):
-    """One record cannot be used; it goes to audio.dlq with this reason and detail."""
+    """One record cannot be used; it goes to audio.dlq with this reason and detail.
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    ``trace`` is the traceback of the unexpected exception behind it, if there is one: for the log.
+    """
+
+    def __init__(self, reason: Reason, detail: str, trace: str | None = None) -> None:
         self.reason: Reason = reason
         self.detail = detail[:DETAIL_LIMIT]
+        self.trace = trace
         super().__init__(f"{reason}: {self.detail}")
 
 

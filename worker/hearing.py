@@ -20,6 +20,7 @@ It must not know about states, topics or brokers.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
@@ -72,8 +73,6 @@ class Hearing:
     def hear(self, records: Sequence[Record]) -> Iterator[tuple[Record, Heard | BadRecord]]:
         """Yield each record, in order, with what was heard in it or why it is rejected.
 
-        The ``__cause__`` of an "internal-error" is the unexpected exception.
-
         Raises:
             Fatal: it is not about a record.
         """
@@ -89,11 +88,15 @@ class Hearing:
             yield record, each if isinstance(each, BadRecord) else next(rest)
 
     def _alone(self, step: Callable[[Given], Made], given: Given, record: Record) -> Made | BadRecord:
-        """Take a step with one record, and reject the record if that is what fails."""
+        """Take a step with one record, and reject the record if that is what fails.
+
+        What is returned has never been raised: an exception that was holds the frames that it has passed, and
+        these all that is in a batch, in a circle that is taken apart only when the garbage collector comes by.
+        """
         try:
             return step(given)
         except BadRecord as why:
-            return why
+            return BadRecord(why.reason, why.detail)
         except EarshotError:
             raise
         except MemoryError as error:
@@ -110,9 +113,8 @@ class Hearing:
                     f"{_place(record)} failed ({text}), and so do the model's golden clips, so it is not the record: "
                     f"{unsound}; nothing was rejected; check the installation, or go back to the last one that worked"
                 ) from error
-            rejection = BadRecord("internal-error", text.encode(errors="backslashreplace").decode())
-            rejection.__cause__ = error
-            return rejection
+            trace = "".join(traceback.format_exception(error))
+            return BadRecord("internal-error", text.encode(errors="backslashreplace").decode(), trace)
 
     def _prepare(self, record: Record) -> _Features:
         """Decode and featurize one record; its sound is in memory no longer than this."""

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     ``outputs`` are predictions, rejections, drift events and what has changed of the drift states;
     ``offsets`` holds the next offset to read of each partition. The rest is for the log and the
     metrics: ``silent`` and ``crowded_out`` count the sources that were forgotten (see
-    `worker.states`), and ``failure`` is the first unexpected exception that cost a record.
+    `worker.states`), and ``failure`` is the traceback of the first unexpected exception that cost a record.
     """
 
     outputs: list[Message]
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     drifts: int = 0
     silent: int = 0
     crowded_out: int = 0
-    failure: BaseException | None = None
+    failure: str | None = None
 
 
 class Restored(NamedTuple):
@@ -87,12 +87,12 @@ class Pipeline:
         outputs: list[Message] = []
         rejections: Counter[Reason] = Counter()
         drifts = silent = crowded_out = 0
-        failure: BaseException | None = None
+        failure: str | None = None
         for record, heard in self._hearing.hear(records):
             if isinstance(heard, BadRecord):
                 outputs.append(messages.rejection_message(self._topics, record, heard))
                 rejections[heard.reason] += 1
-                failure = failure or heard.__cause__
+                failure = failure or heard.trace
                 continue
             outputs.append(messages.prediction_message(self._topics, record, heard.prediction))
             shift = self._watch(states, record, heard)

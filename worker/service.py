@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from threading import Event
@@ -180,8 +179,7 @@ class Service:
         if rejections:
             self._log.warning("rejected", records=rejections, reasons=dict(sorted(batch.rejections.items())))
         if batch.failure is not None:
-            trace = "".join(traceback.format_exception(batch.failure))
-            self._log.error("internal_error", records=batch.rejections["internal-error"], first=trace)
+            self._log.error("internal_error", records=batch.rejections["internal-error"], first=batch.failure)
         if batch.silent:
             self._log.info("sources.forgotten", sources=batch.silent, why="silent for --forget-after records")
         if batch.crowded_out:

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = pipeline.run(states, batch)
         slowest = max(slowest, time.process_time() - started)
         if made.failure is not None:
-            raise made.failure
+            raise AssertionError(made.failure)
         check(batch, made.outputs)
         assert all(len(sources) <= RETENTION.max_sources for sources in states.values())
         outcomes.update(made.rejections)
