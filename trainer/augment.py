@@ -32,8 +32,9 @@ from trainer.listening import Progress, listen, silent
 from worker.errors import Fatal
 from worker.features import Featurizer
 
-COMPRESSIBLE: Final = frozenset({"vorbis", "opus", "mp3"})
-"""Codecs whose quality can be chosen; it is drawn at random between the best and the worst."""
+COMPRESSIBLE: Final = {"vorbis": 1.0, "opus": 1.0, "mp3": 0.999}
+"""Codecs whose quality can be chosen, with the worst that there is; it is drawn at random between the best and that.
+libsndfile refuses to compress an MP3 as far as it goes."""
 
 PITCHED: Final = ("stretch", "pitch")
 """These change the speed or the pitch, and with it many a quantity that could be a label."""
@@ -172,7 +173,7 @@ def _transforms(augmentation: Augmentation) -> Iterator[Any]:
 def _through(samples: Waveform, sample_rate: int, codec: str, compression: float = 0.0) -> Waveform:
     """Encode and decode; of what is encoded, samples beyond full scale are clipped, and so is the length."""
     container, encoding = CODECS[codec]
-    chosen = {"compression_level": compression} if codec in COMPRESSIBLE else {}
+    chosen = {"compression_level": min(compression, COMPRESSIBLE[codec])} if codec in COMPRESSIBLE else {}
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(samples, -1.0, 1.0), sample_rate, format=container, subtype=encoding, **chosen)
     buffer.seek(0)

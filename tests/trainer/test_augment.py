@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.trainer.test_dataset import write_sound
-from trainer import listening
+from trainer import augment, listening
 from trainer.augment import Altered, augmented, check
 from trainer.augmentation import CODECS, Augmentation, read_augmentation
 from trainer.cache import Cache
@@ -203,6 +203,13 @@ class TestRefusals:
         with pytest.raises(Fatal, match=f"--augment {text.partition('=')[0]} changes the pitch or the speed"):
             augmented(windows, FEATURIZER, read_augmentation(text))
         check(read_augmentation(text), "classification", RATE)
+
+    @pytest.mark.parametrize("level", [0.0, 0.9999999, 1.0])
+    @pytest.mark.parametrize("codec", sorted(augment.COMPRESSIBLE))
+    def test_any_level_of_compression(self, codec: str, level: float) -> None:
+        """Whatever is drawn, there is a sound: libsndfile refuses an MP3 of less than the least quality but one."""
+        sound = np.sin(np.arange(RATE, dtype=np.float32) / 10)
+        assert sound.shape == augment._through(sound, RATE, codec, level).shape
 
     @pytest.mark.parametrize(
         ("text", "rate", "message"),
