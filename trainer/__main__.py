@@ -201,7 +201,7 @@ def _spec(arguments: dict[str, Any]) -> Any:
     typed = {names.get(name, name): arguments[name] for name in settings if arguments[name] is not None}
     asked = arguments["features"]
     named = all(name in NAMED for name in asked.split("+"))  # these first: a folder may hold a file called rich
-    own = not named and Path(asked).is_file()
+    own = not named and (Path(asked).is_file() or Path(asked).suffix == ".toml")
     try:
         if own:
             spec = msgspec.structs.replace(read_spec(Path(asked).read_text(encoding="utf-8")), **typed)

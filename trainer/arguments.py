@@ -196,9 +196,12 @@ def _features(text: str) -> str | float:
     """Read what scikit-learn calls max_features."""
     if text in {"sqrt", "log2"}:
         return text
-    share = number(float, 0, 1)(text)
+    try:
+        share = number(float, 0, 1)(text)
+    except argparse.ArgumentTypeError:
+        share = 0
     if share == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither sqrt nor log2 nor a share, above 0 and up to 1")
     return share
 
 

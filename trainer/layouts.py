@@ -185,7 +185,7 @@ def _paths(folder: Path, listed: Iterable[tuple[str, str]]) -> dict[str, Path]:
     for where, name in listed:
         if not name or name in found or name in missing:
             continue
-        places = (folder / name, folder / "audio" / name, folder.parent / "audio" / name)
+        places = dict.fromkeys((folder / name, folder / "audio" / name, folder.parent / "audio" / name))
         path = next((path for path in places if path.is_file()), None)
         if path is None:
             missing[name] = f"{where}: there is no file {name!r}; looked for {', '.join(map(str, places))}"

@@ -56,12 +56,20 @@ def _status(command: Callable[[], int]) -> int:
         print(f"earshot-worker: {error}", file=sys.stderr)
         return {BadModel: EXIT_BAD_MODEL, Fatal: EXIT_FATAL}.get(type(error), EXIT_GAVE_UP)
     except BrokenPipeError:
-        # The reader has gone (`| head`); nothing more can be said, not even by the interpreter's last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()  # the reader has gone (`| head`)
         return EXIT_OK
+    except OSError as error:  # a disk that is full; what the broker or a file of ours meets is one of the above
+        _silence()
+        print(f"earshot-worker: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FATAL
     except KeyboardInterrupt:
         return EXIT_KILLED
     return status
+
+
+def _silence() -> None:
+    """Write nothing more to standard output, not even in the interpreter's last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(config: Config, _: dict[str, Any]) -> int:

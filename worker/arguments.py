@@ -38,7 +38,7 @@ The options of `run`, and --broker and --topic-prefix everywhere, are settings: 
 the environment (EARSHOT_MAX_BATCH_RECORDS=64) or from the TOML file that --config names
 (max_batch_records = 64). The command line wins, then the environment.
 
-exit status: 0 done or drained, 1 something has to be changed first, 2 wrong usage,
+exit status: 0 done or drained, 1 something has to be changed first, a setting too, 2 wrong usage,
 3 the model was refused, 4 the broker stayed away, 130 stopped at once by a second signal
 """
 

@@ -249,7 +249,8 @@ class _Session:
     def _fenced(self) -> Retryable:
         return Retryable(
             f"{self._instance!r} does not hold group {self._readers!r} in {self._database.path}: another session took "
-            f"it, under the same name or after {LEASE:.0f} s of silence; nothing was committed, join again"
+            f"it, under the same name or after {LEASE:.0f} s of silence; nothing was committed. If another worker runs "
+            "under this name, stop it or give it another --instance"
         )
 
 

@@ -332,6 +332,7 @@ class TestRefusals:
             (["{data}", "--out", "{out}", "--sample-rate", "100"], "n_fft is 1024; expected"),
             (["{data}", "--out", "{out}", "--sample-rate", "1000000"], "n_mels is 40"),
             (["{data}", "--out", "{out}", "--features", "compact+loud"], "there is no feature set 'loud'; expected"),
+            (["{data}", "--out", "{out}", "--features", "loud.toml"], "loud.toml: [Errno 2] No such file"),
             (["{data}", "--out", "{out}", "--level", "3"], "level_dbfs is 3.0; expected"),
             (["{data}", "--out", "{out}", "--precision", "float32"], "such as article"),
             (["{data}", "--out", "{out}", "--augment", "volume=3"], "volume"),

@@ -225,6 +225,20 @@ class TestPipes:
         os.close(writer)
         assert (0, b"") == (done.returncode, done.stderr)
 
+    @pytest.mark.parametrize("command", [["topics"], ["asyncapi"], ["watch", "--json", "--from-beginning"]])
+    def test_a_result_for_which_there_is_no_room(self, command: list[str], database: str) -> None:
+        """A full disk is status 1 and a line that says so."""
+        with Path("/dev/full").open("wb") as full:
+            done = subprocess.run(
+                [BIN / "earshot-worker", *command, "--broker", database],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                check=False,
+                timeout=30,
+            )
+        expected = b"earshot-worker: the output cannot be written: No space left on device\n"
+        assert (1, expected) == (done.returncode, done.stderr)
+
 
 class TestTopics:
     def test_the_table(self, capsys: pytest.CaptureFixture[str]) -> None:
