@@ -23,6 +23,7 @@ the block means that ADWIN has seen, and feeds them to a new one.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Final
 
 import msgspec
@@ -39,6 +40,9 @@ STATE_VERSION: Final = 2
 MAX_BLOCKS: Final = 128
 """Block means a source remembers: bounds a state at 13 kB for 20 signals. On reaching it the older half
 is forgotten, by the detectors as well."""
+
+MOST_BLOCKS: Final = 1 << 62
+"""More than any source lives to see; MessagePack's integers end at twice as many and more."""
 
 MIN_WINDOW: Final = 5
 """The fewest blocks ADWIN holds against the rest: a shift is proven after this many at the earliest."""
@@ -170,7 +174,7 @@ class SourceState:
         """Show a block to the detectors and return those that fired."""
         fired = set()
         for index, mean in enumerate(means.tolist()):
-            if number < self._starts[index] or not np.isfinite(mean):
+            if number < self._starts[index] or not math.isfinite(mean):
                 continue
             detector = self._detectors[index]
             detector.update(mean)
@@ -289,10 +293,14 @@ class SourceState:
             self._block_means = np.frombuffer(saved.block_means, "<f4").astype(np.float32).reshape(shape)
             if len(saved.block_offsets) != len(saved.block_times):
                 raise ValueError(f"{len(saved.block_offsets)} offsets of {len(saved.block_times)} blocks")
+            if not len(saved.block_times) <= saved.next_block < MOST_BLOCKS or len(saved.block_times) >= MAX_BLOCKS:
+                raise ValueError(f"{len(saved.block_times)} blocks before block {saved.next_block}")
+            if not 0 <= saved.baseline <= saved.next_block:
+                raise ValueError(f"baseline {saved.baseline} before block {saved.next_block}")
             if len(saved.starts) != size or not saved.suspects.keys() <= set(range(size)):
                 raise ValueError(f"{len(saved.starts)} starts, suspects {sorted(saved.suspects)}")
         except ValueError as error:
-            raise Fatal(f"drift state does not hold {size} signals: {error}") from error
+            raise Fatal(f"drift state does not fit together, or {size} signals: {error}") from error
         self._seconds, self._offset, self._time = saved.seconds, saved.offset, saved.time
         self._block_offsets, self._block_times = saved.block_offsets, saved.block_times
         self._next_block, self._starts = saved.next_block, saved.starts
