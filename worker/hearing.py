@@ -78,10 +78,12 @@ class Hearing:
         """
         prepared = [self._alone(self._prepare, record, record) for record in records]
         usable = [each for each in prepared if isinstance(each, _Features)]
-        heard: Sequence[Heard | BadRecord]
+        heard: Sequence[Heard | BadRecord] | None
         try:
             heard = self._predict(usable)
         except Exception:  # noqa: BLE001  # whatever it is, rule 1 finds out whose it is
+            heard = None
+        if heard is None:
             heard = [self._alone(self._predict_one, each, each.record) for each in usable]
         rest = iter(heard)
         for record, each in zip(records, prepared, strict=True):

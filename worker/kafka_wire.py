@@ -151,7 +151,8 @@ def _received(sock: Any, frame: _Frame | None = None) -> tuple[bytes, Exception 
         pass
     except Exception as error:  # noqa: BLE001 - whatever it is, the client tells whoever waits
         if not pieces:
-            return b"", kafka_errors.KafkaConnectionError(error)
+            # Without its frames, one of which holds the response that was being received, and the error itself.
+            return b"", kafka_errors.KafkaConnectionError(error.with_traceback(None))
     return b"".join(pieces), None
 
 

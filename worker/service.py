@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from threading import Event
@@ -89,6 +90,8 @@ class Service:
                     self._pulse.beat("joined")
                     self._serve(session)
             except Retryable as error:
+                # They hold all states and records of the session, in a circle where the error came from a thread.
+                traceback.clear_frames(error.__traceback__)
                 now = self._clock()
                 if self._last_advance >= joined:
                     pause, failing_since = FIRST_PAUSE, now
@@ -117,7 +120,7 @@ class Service:
                 self._restore(session, states, assigned)
                 sources = sum(len(each) for each in states.values())
                 self._log.info("assigned", new=sorted(assigned), gone=sorted(revoked), sources=sources)
-            waiting = self._wait_for(unplaced, waiting)
+            waiting = self._wait_for(unplaced, revoked, waiting)
             if not records and not unplaced and started >= settled:
                 self._last_advance = started
             for part in _parts(records, self._max_batch_bytes):
@@ -126,15 +129,16 @@ class Service:
                 self._settle(session)
         self._settle(session)
 
-    def _wait_for(self, unplaced: frozenset[int], before: frozenset[int]) -> frozenset[int]:
-        """Say that partitions are ours and cannot be served yet, or that they can; return them."""
+    def _wait_for(self, unplaced: frozenset[int], revoked: frozenset[int], before: frozenset[int]) -> frozenset[int]:
+        """Say that partitions are ours and cannot be served yet, and which of those ``before`` can; return them."""
         if unplaced:
             self._pulse.unready(f"the broker does not tell yet where to go on in partitions {sorted(unplaced)}")
-            if unplaced != before:
-                self._log.info("waiting_for_offsets", partitions=sorted(unplaced))
         elif before:
             self._pulse.ready()
-            self._log.info("offsets_known", partitions=sorted(before))
+        if unplaced - before:
+            self._log.info("waiting_for_offsets", partitions=sorted(unplaced))
+        if known := before - unplaced - revoked:
+            self._log.info("offsets_known", partitions=sorted(known))
         return unplaced
 
     def _process(self, session: Session, states: States, records: Sequence[Record]) -> None:

@@ -7,7 +7,9 @@ processed with a state that was never committed shows as a wrong number.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections import Counter as Rejections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -505,6 +507,32 @@ class TestRecovery:
         assert [] == broker.stop.pauses
 
 
+class TestWaste:
+    def test_of_a_session_that_was_lost_nothing_is_left(self) -> None:
+        """Its states go with it, also if its error is in a circle with the frames that it has passed."""
+
+        class Source(dict[str, int]):
+            pass
+
+        class Forgetful(Counter):
+            def run(self, states: Counts, records: Sequence[Record]) -> Batch:
+                states[0] = source = Source()
+                alive.append(weakref.ref(source))
+                return Batch([], {0: records[-1].offset + 1}, len(records), Rejections())
+
+        def fails() -> Polled:
+            error = lost()
+            raise error
+
+        alive: list[weakref.ref[Source]] = []
+        gc.disable()
+        try:
+            serve(ScriptedBroker(Scripted(polled(sound(0), assigned=[0]), fails), Scripted()), Forgetful())
+            assert [None] == [each() for each in alive]
+        finally:
+            gc.enable()
+
+
 class TestWaiting:
     def test_says_what_it_waits_for(self) -> None:
         """Partitions whose offsets are not told yet: it is not ready, says so once, and is ready when they are."""
@@ -525,7 +553,24 @@ class TestWaiting:
         assert all("[0, 3]" in why for _, why in seen[1:3])
         assert "[3]" in seen[3][1]
         said = [(each["event"], each["partitions"]) for each in logs if "offsets" in each["event"]]
-        assert [("waiting_for_offsets", [0, 3]), ("waiting_for_offsets", [3]), ("offsets_known", [3])] == said
+        assert [("waiting_for_offsets", [0, 3]), ("offsets_known", [0]), ("offsets_known", [3])] == said
+
+    def test_what_is_given_up_is_not_waited_for(self) -> None:
+        """A partition that goes to another member while its offset is not known."""
+        waits = polled(assigned=[0, 3])._replace(unplaced=frozenset([0, 3]))
+        goes = polled(revoked=[3])._replace(unplaced=frozenset([0]))
+        pulse = Pulse()
+        ready: list[bool] = []
+
+        def last() -> Polled:
+            ready.append(pulse.serving()[0])
+            return nothing()
+
+        logs = serve(ScriptedBroker(Scripted(waits, goes, polled(revoked=[0]), last)), Counter(), pulse=pulse)
+
+        said = [(each["event"], each["partitions"]) for each in logs if "offsets" in each["event"]]
+        assert [("waiting_for_offsets", [0, 3])] == said
+        assert [True] == ready
 
     def test_is_no_progress(self) -> None:
         """However long it waits, that does not end the outage."""
