@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from trainer.backend import on_cluster
 from trainer.cache import Cache, key_of
 from trainer.dataset import Clip
 from worker.audio import Sound, from_container, resample
@@ -82,7 +83,7 @@ def listen(
         on_progress: told how many tasks are done.
 
     Raises:
-        Fatal: a process was killed.
+        Fatal: a process was killed, other than this one.
     """
     keys = [_key(clip, work) for clip, work in tasks] if cache is not None else []
     results: list[Any] = [_kept(cache, key, found) for key in keys] if cache is not None else [None] * len(tasks)
@@ -138,13 +139,18 @@ def fingerprint(sound: Sound) -> str:
 
 
 def _spread(calls: Sequence[tuple[Clip, list[Work[Found]]]], jobs: int) -> Iterator[list[Found | Skipped]]:
-    """Do the work on the first clip here, and on the others in processes.
+    """Do the work on the first clip that can be used here, and on all behind it wherever joblib is to work.
 
-    What Numba compiles for the first is kept on disk: on a new machine each process would compile all of it
+    What Numba compiles for the first is kept on this machine's disk: there, each process would compile all of it
     otherwise, and grow by so much that joblib takes it for a leak, ends the process and warns of it.
     """
-    yield from (_listen(*call) for call in calls[:1])
-    yield from joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(_listen)(*call) for call in calls[1:])
+    rest = iter(calls)
+    for call in () if on_cluster() else rest:
+        found = _listen(*call)
+        yield found
+        if not all(isinstance(each, Skipped) for each in found):
+            break
+    yield from joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(_listen)(*call) for call in rest)
 
 
 def _listen(clip: Clip, works: Sequence[Work[Found]]) -> list[Found | Skipped]:

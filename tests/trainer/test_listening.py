@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ class Measuring(msgspec.Struct, frozen=True):
 
 
 class Telling(Measuring, frozen=True):
-    """Work that tells in which process it is done, in place of a length."""
+    """Work that tells in which process it is done, and when, in place of a length."""
 
     def __call__(self, _sound: Sound, _clip: Clip) -> Length:
-        return Length(os.getpid(), 0.0)
+        return Length(os.getpid(), time.monotonic())
 
 
 class Dying(Measuring, frozen=True):
@@ -174,12 +175,14 @@ class TestListening:
     def test_the_first_clip_is_heard_before_there_are_processes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is compiled for it is then on disk for all of them."""
+        """The first that can be used: what is compiled for it is then on disk for all of them."""
         monkeypatch.setattr(listening, "FEWEST", 1)
         clips = [clip_of(write_sound(tmp_path / f"{number}.wav", number)) for number in range(4)]
-        found = listen([(clip, Telling()) for clip in clips], Length, stage="measuring", jobs=2)
-        here = [each.samples == os.getpid() for each in found if isinstance(each, Length)]
-        assert here == [True, False, False, False]
+        found = listen([(clip, Telling()) for clip in [clip_of(tmp_path), *clips]], Length, stage="measuring", jobs=2)
+        first, *others = [each for each in found if isinstance(each, Length)]
+        assert os.getpid() == first.samples
+        assert 3 == len(others)
+        assert all(os.getpid() != each.samples and first.loudest < each.loudest for each in others)
 
     def test_progress_counts_clips(self, tmp_path: Path) -> None:
         """From those that are known already up to all of them."""
