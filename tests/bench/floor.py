@@ -13,6 +13,9 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import OffsetAndMetadata
 
+ANSWER_BYTES = 700
+"""Of a prediction with ten classes."""
+
 
 def clients(address: str, source: str, target: str) -> tuple[KafkaConsumer, KafkaProducer]:
     """Return a consumer of one topic, in a group of its own, and a producer of transactions for another."""

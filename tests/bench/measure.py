@@ -58,7 +58,13 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def by_turns(
-    section: str, contestants: Mapping[str, Task], *, items: int, seconds: float = 3.0, second: str | None = None
+    section: str,
+    contestants: Mapping[str, Task],
+    *,
+    items: int,
+    seconds: float = 3.0,
+    second: str | None = None,
+    waiting: bool = False,
 ) -> list[Row]:
     """Run the contestants in turn until ``seconds`` are over; the first is the peer of all others.
 
@@ -68,6 +74,7 @@ def by_turns(
         items: how many items a call handles.
         seconds: how long to go on, for all of them together, after two calls of each that do not count.
         second: another contestant to be a peer of the others, in their notes.
+        waiting: whether most of the time is spent waiting; then wall time is compared, and CPU time otherwise.
     """
     calls = {name: _calls(task) for name, task in contestants.items()}
     times: dict[str, _Times] = {name: [] for name in contestants}
@@ -84,11 +91,12 @@ def by_turns(
                 times[name].append(_timed(task, calls[name]))
     finally:
         gc.enable()
+    clock = 1 if waiting else 0
     peer, *others = contestants
     rows = [Row(section, peer, _timing(times[peer], items), cold=_timing(cold[peer], items))]
     for name in others:
-        note = "" if second is None or second == name else f"{_ratio(times[second], times[name]):.1f} x {second}"
-        ratio, cold_ratio = _ratio(times[peer], times[name]), _ratio(cold[peer], cold[name])
+        note = "" if second is None or second == name else f"{_ratio(times[second], times[name], clock):.1f} x {second}"
+        ratio, cold_ratio = _ratio(times[peer], times[name], clock), _ratio(cold[peer], cold[name], clock)
         timing, cold_timing = _timing(times[name], items), _timing(cold[name], items)
         rows.append(Row(section, name, timing, peer, ratio, note, cold_timing, cold_ratio))
     return rows
@@ -107,8 +115,8 @@ def _timed(task: Task, calls: int) -> tuple[float, float]:
     return (time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls
 
 
-def _ratio(peer: _Times, ours: _Times) -> float:
-    return median(a[0] / max(b[0], 1e-9) for a, b in zip(peer, ours, strict=True))
+def _ratio(peer: _Times, ours: _Times, clock: int) -> float:
+    return median(a[clock] / max(b[clock], 1e-9) for a, b in zip(peer, ours, strict=True))
 
 
 def _timing(times: _Times, items: int) -> Timing:

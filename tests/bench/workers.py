@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from tests import apache_kafka
 from tests.apache_kafka import ApacheKafka
-from tests.bench import hotpath, streams
+from tests.bench import floor, hotpath, streams
 from tests.bench.hotpath import IN_FLOAT32
 from tests.bench.measure import Row
 from tests.bench.streams import PARTITIONS
@@ -26,7 +26,7 @@ from worker import bundle
 from worker.audio import Limits
 from worker.broker_sqlite import SqliteBroker
 from worker.config import Config
-from worker.drift import DriftPolicy
+from worker.drift import MAX_BLOCKS, DriftPolicy
 from worker.messages import Message, Topics
 from worker.pipeline import Pipeline
 from worker.states import Retention
@@ -37,8 +37,9 @@ SLOWEST_RECORDS: Final = 800  # for the article's code
 ROUNDS: Final = 3
 SOURCES: Final = 8
 MANY_SOURCES: Final = 400
-HISTORY: Final = 1_270
-"""Chunks of a second that each of many microphones has been heard for: its saved state is as large as one becomes."""
+HISTORY: Final = 10 * (MAX_BLOCKS - 1) - RECORDS // MANY_SOURCES
+"""Chunks of a second that each of many microphones has been heard for: what is saved of it then is, and stays, as large
+as it becomes before half of it is forgotten."""
 
 COMPARED: Final = {
     "Earshot, exactly once": "kafka-python alone, exactly once",
@@ -52,7 +53,6 @@ COMPARED: Final = {
 
 LOADS: Final = (0.25, 0.5, 0.8)
 LATENCY_SECONDS: Final = 20.0
-ANSWER_BYTES: Final = 700  # a prediction with ten classes
 
 
 def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
@@ -85,7 +85,7 @@ def on_kafka(work: Path, chunks: Sequence[bytes]) -> Iterator[Row]:
 
             return one
 
-        batch, answer = str(Config().max_batch_records), str(ANSWER_BYTES)
+        batch, answer = str(Config().max_batch_records), str(floor.ANSWER_BYTES)
         contestants = {
             "Quix Streams, the article's code": apart("quix_app", SLOWEST_RECORDS, article, "article"),
             "Quix Streams, Earshot's functions": apart("quix_app", RECORDS, article, "fast"),
