@@ -58,9 +58,9 @@ def _status(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         _silence()  # the reader has gone (`| head`)
         return EXIT_OK
-    except OSError as error:  # a disk that is full; what the broker or a file of ours meets is one of the above
+    except OSError as error:  # what a disk or its permissions may raise, of which standard output may be full as well
         _silence()
-        print(f"earshot-worker: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        print(f"earshot-worker: {error}", file=sys.stderr)
         return EXIT_FATAL
     except KeyboardInterrupt:
         return EXIT_KILLED

@@ -42,7 +42,7 @@ MAX_BLOCKS: Final = 128
 is forgotten, by the detectors as well."""
 
 MOST_BLOCKS: Final = 1 << 62
-"""More than any source lives to see; MessagePack's integers end at twice as many and more."""
+"""More than any source lives to see; MessagePack's integers end at four times as many."""
 
 MIN_WINDOW: Final = 5
 """The fewest blocks ADWIN holds against the rest: a shift is proven after this many at the earliest."""
@@ -225,7 +225,7 @@ class SourceState:
         """
         half = MAX_BLOCKS // 2
         del self._block_offsets[:half], self._block_times[:half]
-        self._block_means = self._block_means[half:].copy()
+        self._block_means = self._block_means[half:]
         return self._replay()
 
     def _replay(self) -> set[int]:

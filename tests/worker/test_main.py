@@ -236,7 +236,7 @@ class TestPipes:
                 check=False,
                 timeout=30,
             )
-        expected = b"earshot-worker: the output cannot be written: No space left on device\n"
+        expected = b"earshot-worker: [Errno 28] No space left on device\n"
         assert (1, expected) == (done.returncode, done.stderr)
 
 
